@@ -1,0 +1,33 @@
+"""The command csi-quobyte.
+
+Exit status: 0 fine, 1 findings or refused, 2 wrong use, wrong configuration or not able to run.
+"""
+
+import sys
+
+import click
+
+from csi_quobyte import __version__
+from csi_quobyte.cli import check, doctor, pool, serve, show
+from csi_quobyte.errors import AlreadyExists, Busy, DriverError, NotFound, Refused
+
+_REFUSED = (Refused, NotFound, AlreadyExists, Busy)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__)
+def cli() -> None:
+    """Disks for Kubernetes pods, kept as image files on mounted Quobyte volumes."""
+
+
+for command in (serve.controller, serve.node, pool.pool, check.check, show.ls, show.show, show.tree, doctor.doctor):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; an expected failure is one line on standard error, never a traceback."""
+    try:
+        cli(prog_name="csi-quobyte")
+    except DriverError as error:
+        click.echo(f"csi-quobyte: {error}", err=True)
+        sys.exit(1 if isinstance(error, _REFUSED) else 2)

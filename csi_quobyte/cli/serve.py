@@ -1,0 +1,184 @@
+"""csi-quobyte controller and csi-quobyte node: the composition root of the serving processes.
+
+Order: configuration is checked completely, then what serves is built, then the socket appears. A pool that is not
+mounted is no configuration error: its calls are UNAVAILABLE until it is.
+"""
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from csi_quobyte import __version__, telemetry
+from csi_quobyte.cli import options
+from csi_quobyte.config import Common, NodeConfig, parse_address
+from csi_quobyte.engine.collector import Collector
+from csi_quobyte.errors import DriverError, Unavailable
+from csi_quobyte.host.qemu import QemuTools, find_tools, gate
+from csi_quobyte.host.qsd import Daemons
+from csi_quobyte.operations.staging import Node
+from csi_quobyte.pool import records
+from csi_quobyte.pool.pools import Pool, Pools
+from csi_quobyte.pool.records import NodeRecord
+from csi_quobyte.rpc.controller import ControllerService
+from csi_quobyte.rpc.health import serve_health, serve_metrics
+from csi_quobyte.rpc.identity import IdentityService
+from csi_quobyte.rpc.node import NodeService
+from csi_quobyte.rpc.registration import Registration
+from csi_quobyte.rpc.server import AddServices, Server, controller_services, node_services
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 25.0
+RETRY_POOL_S = 10.0
+
+
+@click.command()
+@options.serving
+def controller(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
+    """Serve the CSI Controller: volumes, snapshots, attachments. Needs no privileges."""
+    config = Common(
+        pools=options.parse_pools(pool),
+        pool_timeout_s=options.parse_duration_s("--pool-timeout", pool_timeout),
+        **settings,
+    )
+    telemetry.setup_logging(config.log_level, config.log_format == "json")
+    find_tools(config.qemu_dir)
+    pools = Pools(config.pools, require_mount=config.require_mount, timeout_s=config.pool_timeout_s)
+    collectors = {one.name: Collector(one) for one in pools.all}
+    identity = IdentityService(config.driver_name, pools)
+
+    def stop() -> bool:
+        ended = [collector.stop(GRACE_S) for collector in collectors.values()]
+        return all(ended)
+
+    for collector in collectors.values():
+        collector.start()
+    services = controller_services(identity, ControllerService(pools, collectors))
+    _serve(config, identity, services, stop)
+
+
+@click.command()
+@options.serving
+@options.option("--node-id", envvar="NODE_ID", required=True, help="Name of this node, as Kubernetes knows it.")
+@options.option("--state-dir", required=True, help="Directory for sockets and hints of staged volumes.")
+@options.option("--max-volumes-per-node", type=int, default=128, help="How many volumes Kubernetes may attach here.")
+@options.option("--kubelet-dir", default="/var/lib/kubelet", help="The kubelet's directory, as it sees it.")
+@options.option("--register-dir", default="", help="Register with the kubelet by a socket there.  [default: off]")
+@options.option(
+    "--stop-daemons-on-exit",
+    is_flag=True,
+    default=False,
+    help="On SIGTERM flush and end the storage daemons, which would be killed with this container anyway.",
+)
+def node(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
+    """Serve the CSI Node: devices and mounts on this machine. Needs root."""
+    config = NodeConfig(
+        pools=options.parse_pools(pool),
+        pool_timeout_s=options.parse_duration_s("--pool-timeout", pool_timeout),
+        **settings,
+    )
+    telemetry.setup_logging(config.log_level, config.log_format == "json")
+    tools = find_tools(config.qemu_dir)
+    _own_state_dir(config.state_dir)
+    pools = Pools(config.pools, require_mount=config.require_mount, timeout_s=config.pool_timeout_s)
+    staging = Node(
+        node_id=config.node_id,
+        driver_name=config.driver_name,
+        tools=tools,
+        daemons=Daemons(tools, config.state_dir),
+        allow_untested_qemu=config.allow_untested_qemu,
+    )
+    identity = IdentityService(config.driver_name, pools, [lambda: _gate_reason(config, tools)])
+    service = NodeService(
+        staging,
+        pools,
+        node_id=config.node_id,
+        max_volumes=config.max_volumes_per_node,
+        timeout_s=config.pool_timeout_s,
+    )
+    registration = (
+        Registration(config.driver_name, config.endpoint, config.register_dir) if config.register_dir else None
+    )
+
+    def stop() -> bool:
+        if registration:
+            registration.stop()
+        return staging.stop_all() if config.stop_daemons_on_exit else True
+
+    staging.recover()
+    for one in pools.all:
+        threading.Thread(target=_keep_node_record, args=(one, config.node_id), daemon=True).start()
+    on_ready = registration.start if registration else None
+    _serve(config, identity, node_services(identity, service), stop, on_ready=on_ready)
+
+
+def _gate_reason(config: NodeConfig, tools: QemuTools) -> str:
+    """Give the reason why this node's QEMU may not serve data, an empty text when it may."""
+    return "" if config.allow_untested_qemu else gate(tools.version, "fuse") or ""
+
+
+def _own_state_dir(state_dir: str) -> None:
+    """Make the state directory and hold its lock for the life of the process.
+
+    Raises:
+        Unavailable: another node process has it, or it cannot be made.
+    """
+    try:
+        os.makedirs(state_dir, mode=0o700, exist_ok=True)
+        fd = os.open(f"{state_dir}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Unavailable(f"another node process uses the state directory {state_dir}") from error
+    except OSError as error:
+        raise Unavailable(f"the state directory {state_dir} cannot be used: {error.strerror}") from error
+
+
+def _keep_node_record(pool: Pool, node_id: str) -> None:
+    """Write this node's record into a pool as soon as it is mounted: without it nothing can be attached here."""
+    record = NodeRecord(id=node_id, driver_version=__version__, started_at=records.now())
+    waiter = threading.Event()
+    while True:
+        try:
+            pool.open().put_node(record)
+        except DriverError as error:
+            log.warning("the node's record cannot be written to pool %s yet: %s", pool.name, error)
+            waiter.wait(RETRY_POOL_S)
+        else:
+            return
+
+
+def _serve(
+    config: Common,
+    identity: IdentityService,
+    services: AddServices,
+    stop: Callable[[], bool],
+    on_ready: Callable[[], None] | None = None,
+) -> NoReturn:
+    """Serve until SIGTERM or SIGINT, then end in order; ends the process."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    server = Server(config.endpoint, services)
+    if config.health_address:
+        serve_health(parse_address("--health-address", config.health_address), identity.is_ready)
+    if config.metrics_address:
+        serve_metrics(parse_address("--metrics-address", config.metrics_address))
+    server.start()
+    if on_ready:
+        on_ready()
+    log.info("csi-quobyte %s serves on %s", __version__, config.endpoint)
+    stopping.wait()
+    log.info("ending: waiting for running calls")
+    finished = server.stop(GRACE_S)
+    finished = stop() and finished
+    log.info("ended%s", "" if finished else "; something did not end in time")
+    sys.stderr.flush()
+    # abandoned threads may hang in a mount for ever: the interpreter must not wait for them
+    os._exit(0)

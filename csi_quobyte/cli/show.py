@@ -1,0 +1,236 @@
+"""csi-quobyte ls, show and tree: what is in the pools and who refers to what."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from csi_quobyte.cli import options
+from csi_quobyte.cli.opening import open_pools
+from csi_quobyte.engine import index as index_module
+from csi_quobyte.engine.index import Index
+from csi_quobyte.errors import NotFound
+from csi_quobyte.pool.mount import RequireMount
+from csi_quobyte.pool.records import LayerRecord, SnapshotRecord, VolumeRecord, is_layer_id, parse_id, parse_marker
+from csi_quobyte.pool.store import Store
+
+_looking = options.combined(options.pools(required=True), options.require_mount, options.as_json)
+
+
+@click.command()
+@_looking
+def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
+    """List volumes and snapshots."""
+    rows = [row for one, store in open_pools(pool, require_mount) for row in _rows(one.name, index_module.read(store))]
+    if as_json:
+        click.echo(json.dumps({"objects": rows}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("ID", "NAME", "SIZE", "STATE", "NODE", "SOURCE"):
+        table.add_column(heading, no_wrap=heading == "ID", overflow="fold")
+    for row in rows:
+        cells = (row["id"], row["name"], human(row["size_bytes"]), row["state"], row["node"], row["source"])
+        table.add_row(*(Text(str(cell)) for cell in cells))
+    _console().print(table)
+
+
+@click.command()
+@click.argument("record_id", metavar="ID")
+@_looking
+def show(record_id: str, pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
+    """Show one volume, snapshot or layer whole: its record, its chain, its files and who refers to it."""
+    for one, store in open_pools(pool, require_mount):
+        if found := _details(store, record_id):
+            found["pool"] = one.name
+            click.echo(json.dumps(found, default=_plain) if as_json else _as_text(found))
+            return
+    raise NotFound(f"nothing in these pools has the id {record_id}")
+
+
+@click.command()
+@click.argument("volume", required=False)
+@_looking
+def tree(volume: str | None, pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
+    """Draw the layers, base first, with what refers to each; only those of VOLUME if it is given."""
+    for one, store in open_pools(pool, require_mount):
+        found = index_module.read(store)
+        roots = _roots(found, volume)
+        if as_json:
+            nodes = [_as_nodes(store, found, layer, 0) for layer in roots]
+            click.echo(json.dumps({"pool": one.name, "layers": nodes}, default=_plain))
+            continue
+        drawing = Tree(Text(f"pool {one.name}"))
+        for layer in roots:
+            _draw(store, found, layer, drawing, 0)
+        _console().print(drawing)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def human(size_bytes: int) -> str:
+    """Give a size as people read it: exact in the largest binary unit that divides it well."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def _plain(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def _rows(pool: str, found: Index) -> Iterator[dict[str, Any]]:
+    for volume in found.volumes.values():
+        yield {
+            "pool": pool,
+            "kind": "volume",
+            "id": volume.id,
+            "name": volume.name,
+            "size_bytes": volume.size_bytes,
+            "state": str(volume.state),
+            "node": ", ".join(attachment.node for attachment in volume.attachments),
+            "source": volume.source.id if volume.source else "",
+        }
+    for snapshot in found.snapshots.values():
+        yield {
+            "pool": pool,
+            "kind": "snapshot",
+            "id": snapshot.id,
+            "name": snapshot.name,
+            "size_bytes": snapshot.size_bytes,
+            "state": str(snapshot.state),
+            "node": "",
+            "source": snapshot.source_volume,
+        }
+    for record_id, detail in found.unreadable.items():
+        yield {"pool": pool, "kind": "damaged", "id": record_id, "name": "", "size_bytes": 0} | {
+            "state": "unreadable",
+            "node": "",
+            "source": detail,
+        }
+
+
+def _details(store: Store, record_id: str) -> dict[str, Any] | None:
+    """Give everything about one object, None when there is none of this id."""
+    if not (parse_id(record_id) or is_layer_id(record_id)):
+        return None
+    record: VolumeRecord | SnapshotRecord | LayerRecord | None
+    record = store.find_volume(record_id) or store.find_snapshot(record_id) or store.find_layer(record_id)
+    if record is None:
+        return None
+    details = asdict(record)
+    match record:
+        case VolumeRecord():
+            details["content"] = store.content(record)
+            details["chain"] = list(_chain(store, record.head))
+        case SnapshotRecord():
+            details["chain"] = list(_chain(store, record.layer))
+        case LayerRecord():
+            details["references"] = store.markers(record.id)
+            details["chain"] = list(_chain(store, record.id))
+    return details
+
+
+def _chain(store: Store, layer_id: str | None) -> Iterator[dict[str, Any]]:
+    """Give the layers from a head down, as far as their records can be found."""
+    seen: set[str] = set()
+    while layer_id and layer_id not in seen:
+        seen.add(layer_id)
+        layer = store.find_layer(layer_id)
+        if layer is None:
+            yield {"layer": layer_id, "missing": True}
+            return
+        yield _layer_details(store, layer)
+        layer_id = layer.parent
+
+
+def _layer_details(store: Store, layer: LayerRecord) -> dict[str, Any]:
+    length = store.image_bytes(layer)
+    return {
+        "layer": layer.id,
+        "state": str(layer.state),
+        "format": layer.format,
+        "size_bytes": layer.size_bytes,
+        "allocated_bytes": length[1] if length else None,
+        "path": store.image_path(layer),
+        "references": store.markers(layer.id),
+    }
+
+
+def _as_text(details: dict[str, Any]) -> str:
+    lines = [
+        f"{key}: {_plain(value)}" for key, value in details.items() if key != "chain" and value not in (None, "", {})
+    ]
+    lines.append("chain, head first:")
+    for layer in details["chain"]:
+        lines.append("  " + ", ".join(f"{key} {value}" for key, value in layer.items()))
+    return "\n".join(lines)
+
+
+def _roots(found: Index, volume_id: str | None) -> list[LayerRecord]:
+    """Give the layers to begin drawing with: all bases, or the base of one volume.
+
+    Raises:
+        NotFound: no such volume.
+    """
+    if volume_id is None:
+        return [layer for layer in found.layers.values() if layer.parent not in found.layers]
+    volume = found.volumes.get(volume_id)
+    if volume is None:
+        raise NotFound(f"volume {volume_id} does not exist")
+    layer = found.layers.get(volume.head)
+    seen: set[str] = set()
+    while layer and layer.parent in found.layers and layer.id not in seen:
+        seen.add(layer.id)
+        layer = found.layers[layer.parent] if layer.parent else None
+    return [layer] if layer else []
+
+
+def _children(found: Index, layer: LayerRecord) -> list[LayerRecord]:
+    return [child for child in found.layers.values() if child.parent == layer.id]
+
+
+def _who(found: Index, layer: LayerRecord) -> list[str]:
+    """Name what refers to a layer, other than its children: "volume pvc-1", "snapshot snap-1"."""
+    names = []
+    for text in found.refs.get(layer.id, []):
+        marker = parse_marker(text)
+        if marker and marker.kind == "v":
+            volume = found.volumes.get(marker.id)
+            names.append(f"volume {volume.name if volume else marker.id}")
+        elif marker and marker.kind == "s":
+            snapshot = found.snapshots.get(marker.id)
+            names.append(f"snapshot {snapshot.name if snapshot else marker.id}")
+    return names
+
+
+_DEEPEST = 200
+
+
+def _draw(store: Store, found: Index, layer: LayerRecord, branch: Tree, depth: int) -> None:
+    length = store.image_bytes(layer)
+    used = human(length[1]) if length else "file missing"
+    who = ", ".join(_who(found, layer))
+    label = f"{layer.id} {layer.state} {layer.format} {human(layer.size_bytes)} ({used} used)"
+    below = branch.add(Text(f"{label}{'  <- ' + who if who else ''}"))
+    if depth < _DEEPEST:
+        for child in _children(found, layer):
+            _draw(store, found, child, below, depth + 1)
+
+
+def _as_nodes(store: Store, found: Index, layer: LayerRecord, depth: int) -> dict[str, Any]:
+    children = _children(found, layer) if depth < _DEEPEST else []
+    return _layer_details(store, layer) | {
+        "children": [_as_nodes(store, found, child, depth + 1) for child in children]
+    }

@@ -1,0 +1,1 @@
+"""The copy-on-write heart: new layers, freeze, drop, collect."""

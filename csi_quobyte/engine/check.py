@@ -1,0 +1,243 @@
+"""Looking for what is wrong in a pool, without changing anything: every kind of finding that format 1 knows.
+
+docs/format.md explains each kind. An error is damage: something that a record promises is not there or not right. A
+warning is something left over or unfinished: the collector, or a retry of the operation, deals with it.
+"""
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from csi_quobyte.engine import index as index_module
+from csi_quobyte.engine.index import Index, Stray
+from csi_quobyte.errors import Corrupt, DriverError
+from csi_quobyte.pool import images
+from csi_quobyte.pool.chain import chain_of
+from csi_quobyte.pool.records import (
+    LayerRecord,
+    LayerState,
+    SnapshotState,
+    VolumeState,
+    child_marker,
+    is_layer_id,
+    parse_marker,
+    snapshot_marker,
+    volume_marker,
+)
+from csi_quobyte.pool.store import Store
+
+Kind = Literal[
+    "unreadable-record",
+    "missing-layer",
+    "missing-image",
+    "missing-marker",
+    "broken-chain",
+    "wrong-size",
+    "wrong-backing-name",
+    "damaged-image",
+    "leaked-clusters",
+    "unfinished",
+    "stale-marker",
+    "orphan-layer",
+    "orphan-file",
+    "stale-claim",
+    "stale-temporary",
+    "foreign-file",
+]
+_WARNINGS: frozenset[Kind] = frozenset(
+    {
+        "wrong-backing-name",
+        "leaked-clusters",
+        "unfinished",
+        "stale-marker",
+        "orphan-layer",
+        "orphan-file",
+        "stale-claim",
+        "stale-temporary",
+        "foreign-file",
+    }
+)
+# what the collector or a retry puts right without a decision of anybody's
+_REPAIRABLE: frozenset[Kind] = _WARNINGS - {"foreign-file"}
+
+# Gives (errors, leaked clusters) of one image on its own, as `qemu-img check` counts them.
+CheckImage = Callable[[str, str], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong; `id` is the record concerned, `path` the file, either may be empty."""
+
+    kind: Kind
+    id: str
+    path: str
+    detail: str
+
+    @property
+    def severity(self) -> Literal["error", "warning"]:
+        """error: damage; warning: something left over or unfinished."""
+        return "warning" if self.kind in _WARNINGS else "error"
+
+    @property
+    def repairable(self) -> bool:
+        """Whether it goes away without a decision of anybody's."""
+        return self.kind in _REPAIRABLE
+
+
+@dataclass
+class Result:
+    """What was looked at, and what is wrong."""
+
+    volumes: int = 0
+    snapshots: int = 0
+    layers: int = 0
+    skipped_live: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def check(store: Store, check_image: CheckImage) -> Result:
+    """Look at everything in a pool. Heads of attached volumes are not opened and counted as `skipped_live`."""
+    found = index_module.read(store)
+    result = Result(len(found.volumes), len(found.snapshots), len(found.layers))
+    result.findings += _records(found)
+    for part in (_references, _markers, _leftovers):
+        result.findings += part(store, found)
+    live = {
+        layer_id
+        for volume in found.volumes.values()
+        for attachment in volume.attachments
+        for layer_id in (volume.head, *attachment.opened[:1])
+    }
+    for layer in found.layers.values():
+        if layer.state is LayerState.RETIRED:
+            continue
+        if layer.id in live:
+            result.skipped_live += 1
+            result.findings += _missing_image(store, layer)
+        else:
+            result.findings += _image(store, found, layer, check_image)
+    result.findings.sort(key=lambda finding: (finding.severity, finding.kind, finding.id, finding.path))
+    return result
+
+
+def _records(found: Index) -> Iterator[Finding]:
+    """Records that cannot be read, operations that did not end, chains that do not hold together."""
+    for record_id, detail in found.unreadable.items():
+        yield Finding("unreadable-record", record_id, detail.partition(" ")[0], detail)
+    unfinished = [(v.id, str(v.state)) for v in found.volumes.values() if v.state is not VolumeState.READY]
+    unfinished += [(s.id, str(s.state)) for s in found.snapshots.values() if s.state is not SnapshotState.READY]
+    for record_id, state in unfinished:
+        yield Finding("unfinished", record_id, "", f"state {state}: retry the call, or delete the object")
+    for volume in found.volumes.values():
+        if volume.state is VolumeState.READY and volume.head in found.layers:
+            try:
+                chain_of(volume.head, found.layers.get)
+            except Corrupt as error:
+                yield Finding("broken-chain", volume.id, "", str(error))
+
+
+def _needed(found: Index) -> Iterator[tuple[str, str, str]]:
+    """Give (layer id, marker, who needs it) for every reference that finished records make."""
+    for volume in found.volumes.values():
+        if not volume.unfinished and volume.state is VolumeState.READY:
+            yield volume.head, volume_marker(volume), volume.id
+    for snapshot in found.snapshots.values():
+        if snapshot.state is SnapshotState.READY:
+            yield snapshot.layer, snapshot_marker(snapshot), snapshot.id
+    for layer in found.layers.values():
+        if layer.parent and layer.state is not LayerState.RETIRED:
+            yield layer.parent, child_marker(layer.id), layer.id
+
+
+def _references(store: Store, found: Index) -> Iterator[Finding]:
+    """References without the layer or without the marker that keeps it."""
+    for layer_id, marker, owner in _needed(found):
+        if layer_id in found.unreadable:
+            continue
+        if layer_id not in found.layers:
+            yield Finding("missing-layer", owner, "", f"{owner} needs layer {layer_id}, which has no record")
+        elif marker not in (store.markers(layer_id) or []):
+            yield Finding("missing-marker", layer_id, "", f"{owner} needs this layer, marker {marker} is missing")
+
+
+def _markers(store: Store, found: Index) -> Iterator[Finding]:
+    """Markers and layers that nothing needs."""
+    if found.unreadable:
+        return  # an unreadable record may be what needs them
+    for layer_id, names in found.refs.items():
+        for name in names:
+            marker = parse_marker(name)
+            if marker is None:
+                yield Finding("foreign-file", layer_id, name, "a marker of no known form keeps this layer for ever")
+            elif not found.needs(layer_id, marker):
+                yield Finding("stale-marker", layer_id, name, "no record justifies this marker")
+    for layer in found.layers.values():
+        if not found.refs.get(layer.id) and layer.id not in found.named_layers:
+            yield Finding("orphan-layer", layer.id, store.image_path(layer), "nothing refers to this layer")
+
+
+def _leftovers(store: Store, found: Index) -> Iterator[Finding]:
+    for stray in found.strays:
+        if finding := _stray(found, stray):
+            yield finding
+    for path in store.stale_temporaries():
+        yield Finding("stale-temporary", "", path, "left by a process that has ended")
+
+
+def _stray(found: Index, stray: Stray) -> Finding | None:
+    """Judge a file in a shard that is no record."""
+    path = f"{stray.folder}/{stray.shard}/{stray.name}"
+    owner, _, ending = stray.name.partition(".")
+    if ".json.g" in stray.name:
+        return Finding("stale-claim", owner, path, "a change of this record was interrupted")
+    known: Container[str] = {"layers": found.layers, "volumes": found.volumes}.get(stray.folder, ())
+    if stray.folder == "layers" and is_layer_id(owner) and ending in {"qcow2", "raw", "refs"}:
+        if owner in known or owner in found.intended_layers or owner in found.unreadable:
+            return None
+        return Finding("orphan-file", owner, path, "no layer record names this file")
+    if stray.folder == "volumes" and ending.startswith("content-"):
+        if owner in known or owner in found.unreadable:
+            return None
+        return Finding("orphan-file", owner, path, "the volume of this note does not exist")
+    return Finding("foreign-file", "", path, "not a file of this format")
+
+
+def _missing_image(store: Store, layer: LayerRecord) -> Iterator[Finding]:
+    if store.image_bytes(layer) is None:
+        yield Finding("missing-image", layer.id, store.image_path(layer), "the layer's file does not exist")
+
+
+def _image(store: Store, found: Index, layer: LayerRecord, check_image: CheckImage) -> Iterator[Finding]:
+    """Compare one image that no daemon writes with its record, and check its inside."""
+    path = store.image_path(layer)
+    missing = list(_missing_image(store, layer))
+    if missing:
+        yield from missing
+        return
+    try:
+        size_bytes = images.virtual_size_bytes(store, layer)
+        backing_name = images.backing_name(store, layer)
+    except Corrupt as error:
+        yield Finding("damaged-image", layer.id, path, str(error))
+        return
+    if size_bytes < layer.size_bytes or (layer.state is LayerState.FROZEN and size_bytes != layer.size_bytes):
+        yield Finding("wrong-size", layer.id, path, f"virtual size {size_bytes}, the record says {layer.size_bytes}")
+    parent = found.layers.get(layer.parent) if layer.parent else None
+    wanted = store.backing_name(layer.id, parent) if parent else None
+    if backing_name != wanted and (parent or layer.parent is None):
+        yield Finding("wrong-backing-name", layer.id, path, f"backing name {backing_name!r}, by the records {wanted!r}")
+    yield from _inside(layer, path, check_image)
+
+
+def _inside(layer: LayerRecord, path: str, check_image: CheckImage) -> Iterator[Finding]:
+    try:
+        errors, leaks = check_image(path, layer.format)
+    except DriverError as error:
+        yield Finding("damaged-image", layer.id, path, str(error))
+        return
+    if errors:
+        yield Finding("damaged-image", layer.id, path, f"qemu-img check counts {errors} errors")
+    elif leaks:
+        yield Finding(
+            "leaked-clusters", layer.id, path, f"{leaks} clusters are allocated and unused (a daemon was killed)"
+        )

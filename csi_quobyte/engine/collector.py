@@ -1,0 +1,249 @@
+"""The collector: removes what nothing refers to, and finishes what a crash has left half done.
+
+One thread per pool in the controller. A delete tells it which layer has lost a reference, and it drops that and what
+becomes unreferenced below it; now and then, and at the start, it looks at everything. It never delays a call, takes
+each object's lock before it touches it (Busy: next time), and every step of it can be repeated after a crash.
+
+While any record of the pool cannot be read, nothing whose owner is unknown is removed: the unreadable record may be
+the owner.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from csi_quobyte import telemetry
+from csi_quobyte.engine import index as index_module
+from csi_quobyte.engine import layers, removal
+from csi_quobyte.engine.index import Index, Stray
+from csi_quobyte.errors import Busy, DriverError, Exhausted
+from csi_quobyte.pool.pools import Pool
+from csi_quobyte.pool.records import (
+    LayerState,
+    SnapshotState,
+    VolumeState,
+    is_layer_id,
+    parse_marker,
+)
+from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
+
+PASS_EVERY_S = 300.0
+_PASSES_AT_MOST = 5
+_LEASE = "collector"
+
+
+@dataclass
+class Report:
+    """What one pass did."""
+
+    finished_deletes: int = 0
+    finished_freezes: int = 0
+    markers: int = 0
+    layers: int = 0
+    files: int = 0
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+class Collector:
+    """The collector thread of one pool; started once, stopped with `stop`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"collector-{pool.name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin with a look at everything."""
+        self._released.put(None)
+        self._thread.start()
+
+    def release(self, layer_id: str | None) -> None:
+        """Tell that a layer has lost a reference (None: look at everything). Returns at once."""
+        self._released.put(layer_id)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End after the step at hand; False if that takes longer than the time limit."""
+        self._stopping.set()
+        self._released.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                layer_id = self._released.get(timeout=PASS_EVERY_S)
+            except queue.Empty:
+                layer_id = None
+            if self._stopping.is_set():
+                return
+            self._work(layer_id)
+
+    def _work(self, layer_id: str | None) -> None:
+        """Do one piece of work; an error waits for the next full look, it never ends the thread."""
+        try:
+            store = self._pool.open()
+            if layer_id:
+                dropped = layers.drop_upwards(store, layer_id)
+                telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
+            else:
+                self._sweep_until_quiet(store)
+        except Busy as error:
+            log.info("collector of pool %s: %s", self._pool.name, error)
+        except DriverError as error:
+            telemetry.COLLECTOR_FAILURES.labels(self._pool.name).inc()
+            log.warning("collector of pool %s: %s", self._pool.name, error)
+        except Exception:  # the thread must live on; the counter and the traceback tell of the bug
+            telemetry.COLLECTOR_FAILURES.labels(self._pool.name).inc()
+            log.exception("collector of pool %s", self._pool.name)
+
+    def _sweep_until_quiet(self, store: Store) -> None:
+        """Look again after a pass that did something: what it removed may have been the last owner of more."""
+        for _ in range(_PASSES_AT_MOST):
+            report = sweep(store)
+            if not report or self._stopping.is_set():
+                return
+            telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(report.layers)
+            log.info("collector of pool %s: %s", self._pool.name, report)
+
+
+def sweep(store: Store) -> Report:
+    """Look at everything once and do what can be done; a second pass over a quiet pool does nothing.
+
+    Raises:
+        Busy: another collector is at work on this pool.
+    """
+    with store.lock(_LEASE):
+        report = Report()
+        found = index_module.read(store)
+        _finish_deletes(store, found, report)
+        _finish_freezes(store, found, report)
+        if found.unreadable:
+            log.error(
+                "nothing without a known owner is removed while these records cannot be read: %s",
+                "; ".join(found.unreadable.values()),
+            )
+        else:
+            found = index_module.read(store) if report else found
+            _remove_stale_markers(store, found, report)
+            _drop_unreferenced(store, found, report)
+            _remove_orphan_files(store, found, report)
+        _clean_temporaries(store, report)
+        return report
+
+
+@contextmanager
+def _if_free(store: Store, *names: str) -> Iterator[bool]:
+    """Hold some locks, or give False when one of them is taken: that object is looked at in the next pass."""
+    with ExitStack() as stack:
+        try:
+            for name in names:
+                stack.enter_context(store.lock(name))
+        except Busy:
+            yield False
+            return
+        yield True
+
+
+def _finish_deletes(store: Store, found: Index, report: Report) -> None:
+    """Take away what a delete has decided on and a crash has left."""
+    for volume in found.volumes.values():
+        if volume.state is VolumeState.DELETING:
+            names = [volume.id]
+            if volume.source and volume.source.kind == "volume" and volume.unfinished:
+                names.append(volume.source.id)
+            with _if_free(store, *names) as free:
+                current = store.find_volume(volume.id) if free else None
+                if current and current.state is VolumeState.DELETING:
+                    report.finished_deletes += 1
+                    report.layers += layers.drop_upwards(store, removal.remove_volume(store, current))
+    for snapshot in found.snapshots.values():
+        if snapshot.state is SnapshotState.DELETING:
+            with _if_free(store, snapshot.source_volume, snapshot.id) as free:
+                current_snapshot = store.find_snapshot(snapshot.id) if free else None
+                if current_snapshot and current_snapshot.state is SnapshotState.DELETING:
+                    report.finished_deletes += 1
+                    report.layers += layers.drop_upwards(store, removal.remove_snapshot(store, current_snapshot))
+
+
+def _finish_freezes(store: Store, found: Index, report: Report) -> None:
+    """Freeze what a crash left unfrozen below a head."""
+    for volume in found.volumes.values():
+        head = found.layers.get(volume.head)
+        below = found.layers.get(head.parent) if head and head.parent else None
+        if below and below.state is LayerState.HEAD and volume.state is VolumeState.READY:
+            with _if_free(store, volume.id) as free:
+                current = store.find_volume(volume.id) if free else None
+                if current and current.head == volume.head:
+                    layers.finish_freeze(store, current)
+                    report.finished_freezes += 1
+
+
+def _remove_stale_markers(store: Store, found: Index, report: Report) -> None:
+    """Take away markers that no record justifies. Their records were read after them, so none is about to come."""
+    for layer_id, names in found.refs.items():
+        for name in names:
+            marker = parse_marker(name)
+            if marker is None or found.needs(layer_id, marker):
+                continue
+            locks = [marker.id] if marker.kind in {"v", "s"} else []
+            with _if_free(store, *locks) as free:
+                if free:
+                    log.warning("marker %s on layer %s belongs to nothing and is removed", name, layer_id)
+                    store.unmark(layer_id, name)
+                    report.markers += 1
+
+
+def _drop_unreferenced(store: Store, found: Index, report: Report) -> None:
+    """Drop the layers without markers, and go on with a drop that a crash has interrupted."""
+    named = found.named_layers
+    for layer in found.layers.values():
+        markers = store.markers(layer.id)
+        if markers:
+            continue
+        if layer.id in named and layer.state is not LayerState.RETIRED:
+            continue  # a record needs it: a marker was lost, which check reports, or its owner has just been removed
+        report.layers += layers.drop_upwards(store, layer.id)
+
+
+def _remove_orphan_files(store: Store, found: Index, report: Report) -> None:
+    """Remove images, refs and notes that have no record and that no unfinished operation names."""
+    intended = found.intended_layers
+    for stray in found.strays:
+        if ".json.g" in stray.name:
+            store.drop_claims(stray.folder, stray.shard, stray.name)
+        elif _is_orphan(found, stray, intended):
+            if stray.name.endswith(".refs"):
+                store.condemn(stray.name.removesuffix(".refs"))
+            else:
+                store.discard_stray(stray.folder, stray.shard, stray.name)
+            report.files += 1
+
+
+def _is_orphan(found: Index, stray: Stray, intended: frozenset[str]) -> bool:
+    owner, _, ending = stray.name.partition(".")
+    if stray.folder == "layers" and is_layer_id(owner):
+        if owner in found.layers or owner in intended or found.refs.get(owner):
+            return False
+        return ending in {"qcow2", "raw", "refs"}
+    if stray.folder == "volumes" and ending.startswith("content-"):
+        volume = found.volumes.get(owner)
+        return volume is None or ending != f"content-{volume.uid}"
+    return False  # not ours: left alone, check reports it
+
+
+def _clean_temporaries(store: Store, report: Report) -> None:
+    for path in store.stale_temporaries():
+        store.discard_temporary(path)
+        report.files += 1
+    try:
+        store.replenish_reserve()
+    except Exhausted as error:
+        log.warning("the reserve of the pool cannot be filled up: %s", error)

@@ -1,0 +1,113 @@
+"""Everything that is in a pool, read once: what the collector and check judge by.
+
+The order of reading matters: markers and stray files first, records after. An intent is written before anything that
+it names, so whatever was seen in the first part and belongs to somebody has its record seen in the second.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+from csi_quobyte.errors import Corrupt
+from csi_quobyte.pool.records import LayerRecord, Marker, SnapshotRecord, VolumeRecord
+from csi_quobyte.pool.store import Store
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stray:
+    """A file in a shard that is not a record: an image, a refs directory, a content note, a claim, or foreign."""
+
+    folder: str
+    shard: str
+    name: str
+
+
+@dataclass
+class Index:
+    """A pool's contents, complete once `read` has given it; `unreadable` says of each damaged record, by its id, what is wrong with it."""
+
+    volumes: dict[str, VolumeRecord] = field(default_factory=dict)
+    snapshots: dict[str, SnapshotRecord] = field(default_factory=dict)
+    layers: dict[str, LayerRecord] = field(default_factory=dict)
+    refs: dict[str, list[str]] = field(default_factory=dict)
+    strays: list[Stray] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def intended_layers(self) -> frozenset[str]:
+        """The layer ids that an unfinished volume or snapshot names and may be making at this moment."""
+        volumes = [volume for volume in self.volumes.values() if volume.unfinished]
+        snapshots = [snapshot for snapshot in self.snapshots.values() if snapshot.unfinished]
+        intended = {volume.head for volume in volumes}
+        intended |= {volume.source_next for volume in volumes if volume.source_next}
+        intended |= {snapshot.next for snapshot in snapshots if snapshot.next}
+        return frozenset(intended)
+
+    @cached_property
+    def intended_heads(self) -> frozenset[tuple[str, str]]:
+        """The pairs (volume id, layer id) of heads that an unfinished freeze may be about to give to a volume."""
+        pairs = {
+            (volume.source.id, volume.source_next)
+            for volume in self.volumes.values()
+            if volume.unfinished and volume.source and volume.source_next
+        }
+        pairs |= {
+            (snapshot.source_volume, snapshot.next)
+            for snapshot in self.snapshots.values()
+            if snapshot.unfinished and snapshot.next
+        }
+        return frozenset(pairs)
+
+    @cached_property
+    def named_layers(self) -> dict[str, str]:
+        """Each layer id that a record names as head, snapshot or parent, with the id of what names it."""
+        named = {snapshot.layer: snapshot.id for snapshot in self.snapshots.values()}
+        named |= {layer.parent: layer.id for layer in self.layers.values() if layer.parent}
+        named |= {volume.head: volume.id for volume in self.volumes.values()}
+        named |= {volume.parent: volume.id for volume in self.volumes.values() if volume.parent}
+        return named
+
+    def needs(self, layer_id: str, marker: Marker) -> bool:
+        """Say whether a record justifies a marker on a layer."""
+        match marker.kind:
+            case "c":
+                child = self.layers.get(marker.id)
+                return (child is not None and child.parent == layer_id) or marker.id in self.intended_layers
+            case "s":
+                snapshot = self.snapshots.get(marker.id)
+                return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id
+            case "v":
+                volume = self.volumes.get(marker.id)
+                if volume is None or volume.uid != marker.uid:
+                    return False
+                return volume.head == layer_id or (volume.id, layer_id) in self.intended_heads
+
+
+def read(store: Store) -> Index:
+    """Read all of a pool. Damaged records are listed, not raised."""
+    index = Index()
+    index.strays = [Stray(*entry) for entry in store.stray_files()]
+    for stray in index.strays:
+        if stray.folder == "layers" and stray.name.endswith(".refs"):
+            layer_id = stray.name.removesuffix(".refs")
+            markers = store.markers(layer_id)
+            if markers is not None:
+                index.refs[layer_id] = markers
+    _read_into(index, index.volumes, store.volume_ids(), store.find_volume)
+    _read_into(index, index.snapshots, store.snapshot_ids(), store.find_snapshot)
+    _read_into(index, index.layers, store.layer_ids(), store.find_layer)
+    return index
+
+
+def _read_into(index: Index, into: dict[str, T], ids: Iterable[str], find: Callable[[str], T | None]) -> None:
+    for record_id in ids:
+        try:
+            record = find(record_id)
+        except Corrupt as error:
+            index.unreadable[record_id] = str(error)
+            continue
+        if record is not None:
+            into[record_id] = record

@@ -1,0 +1,235 @@
+"""The copy-on-write engine: new layers, freeze, drop. Each function is a fixed order of durable steps.
+
+    before freeze     V --head--> F (head) --> P (frozen)
+    after freeze      V --head--> N (head) --> F (frozen) --> P        N is an empty overlay
+
+The callers hold the lock of the volume concerned; that makes conflicts rare. What must hold without it, and after a
+crash between any two steps, is kept by compare-and-set and the markers (docs/format.md): a marker is made before the
+record that needs it, and taken away after that record is gone or no longer needs it.
+"""
+
+import logging
+from dataclasses import replace
+
+from csi_quobyte.errors import Busy, Exhausted, NotFound, Refused, Unavailable
+from csi_quobyte.pool import images, qcow2
+from csi_quobyte.pool.chain import HARD_DEPTH, chain_of
+from csi_quobyte.pool.records import (
+    ImageFormat,
+    LayerRecord,
+    LayerState,
+    Preallocation,
+    VolumeRecord,
+    VolumeState,
+    child_marker,
+    volume_marker,
+)
+from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def make_base(
+    store: Store,
+    layer_id: str,
+    marker: str,
+    *,
+    image_format: ImageFormat,
+    size_bytes: int,
+    preallocation: Preallocation,
+) -> LayerRecord:
+    """Make the blank base of a new volume, referred to by `marker`; made before is success.
+
+    An intent record names `layer_id` already, so that a crash in here leaves nothing without an owner.
+
+    Raises:
+        Exhausted: no space; what was made so far is undone with the intent.
+    """
+    writer = images.blank(image_format, size_bytes=size_bytes, preallocation=preallocation)
+    record = LayerRecord(
+        id=layer_id,
+        file=f"{layer_id}.{image_format}",
+        format=image_format,
+        size_bytes=size_bytes,
+        parent=None,
+        state=LayerState.HEAD,
+    )
+    return _make(store, record, marker, writer)
+
+
+def make_overlay(store: Store, layer_id: str, marker: str, *, parent: LayerRecord, size_bytes: int) -> LayerRecord:
+    """Make an empty overlay over `parent`, referred to by `marker`; made before is success.
+
+    The overlay is at least as large as its parent: with a smaller one, data beyond its end would show again later.
+    The caller has put this layer's child marker into the parent.
+    """
+    size_bytes = max(size_bytes, parent.size_bytes)
+    writer = images.overlay(
+        size_bytes=size_bytes, backing_name=store.backing_name(layer_id, parent), backing_format=parent.format
+    )
+    record = LayerRecord(
+        id=layer_id,
+        file=f"{layer_id}.qcow2",
+        format="qcow2",
+        size_bytes=size_bytes,
+        parent=parent.id,
+        state=LayerState.HEAD,
+    )
+    return _make(store, record, marker, writer)
+
+
+def _make(store: Store, record: LayerRecord, marker: str, writer: images.Writer) -> LayerRecord:
+    """Make refs, image and record of a layer in this order: a record without refs would mean a condemned layer."""
+    if found := store.find_layer(record.id):
+        return found
+    store.make_refs(record.id)
+    store.mark(record.id, marker)
+    store.publish_image(record.id, record.file, writer)
+    return store.create(record)
+
+
+def detached_volume(store: Store, volume_id: str, *, to_be: str) -> VolumeRecord:
+    """Give a ready volume that no daemon can have open, so that its head may be frozen.
+
+    Raises:
+        NotFound: there is none, or it is being deleted.
+        Unavailable: it is still being made.
+        Refused: it is attached; this version cannot freeze what a daemon writes. `to_be` says what was wanted.
+    """
+    volume = ready_volume(store, volume_id)
+    if volume.attachments:
+        raise Refused(
+            f"volume {volume_id} is attached to node {volume.attachments[0].node} and can be {to_be} only while it is "
+            f"detached; stop the pod that uses it and try again"
+        )
+    return volume
+
+
+def ready_volume(store: Store, volume_id: str) -> VolumeRecord:
+    """Give a volume that may be used.
+
+    Raises:
+        NotFound: there is none, or it is being deleted.
+        Unavailable: it is still being made.
+    """
+    volume = store.volume(volume_id)
+    if volume.state is VolumeState.DELETING:
+        raise NotFound(f"volume {volume_id} is being deleted")
+    if volume.state is VolumeState.CREATING:
+        raise Unavailable(f"volume {volume_id} is not ready yet")
+    return volume
+
+
+def check_depth(store: Store, head: str) -> None:
+    """Check that one more layer may be put on `head`.
+
+    Raises:
+        Exhausted: the chain has reached the hard depth.
+    """
+    depth = len(chain_of(head, store.find_layer))
+    if depth >= HARD_DEPTH:
+        raise Exhausted(
+            f"the volume already lies on {depth} layers, the most that is supported; "
+            f"copy its data into a new volume to go on taking snapshots"
+        )
+
+
+def untouched_parent(store: Store, volume: VolumeRecord) -> LayerRecord | None:
+    """Give the frozen layer below a detached volume's head if nothing was ever written to that head, else None.
+
+    Then a snapshot or clone can refer to that layer, and the chain does not grow. An overlay is untouched when its
+    whole first-level table is zero; a detached volume's daemon has exited, so no newer table is in anybody's memory.
+    """
+    head = store.layer(volume.head)
+    if head.parent is None:
+        return None
+    offset_bytes, length_bytes = qcow2.l1_extent(images.read_header(store, head))
+    if not qcow2.l1_is_empty(store.read_image(head, offset_bytes, length_bytes)):
+        return None
+    parent = store.layer(head.parent)
+    return parent if parent.state is LayerState.FROZEN else None
+
+
+def freeze(store: Store, volume: VolumeRecord, next_id: str) -> VolumeRecord:
+    """Put the new overlay `next_id` on a detached volume's head, which is frozen by that; done before is success.
+
+    The caller's intent record names `next_id`, and its own marker is in the old head. On return the old head is
+    frozen; a crash in between is finished by calling again or by `finish_freeze`.
+
+    Raises:
+        Refused: the volume is attached.
+    """
+    if volume.head != next_id:
+        if volume.attachments:
+            raise Refused(f"volume {volume.id} is attached to node {volume.attachments[0].node}")
+        old = store.layer(volume.head)
+        store.mark(old.id, child_marker(next_id))
+        make_overlay(store, next_id, volume_marker(volume), parent=old, size_bytes=volume.size_bytes)
+        # die here: the new overlay is nobody's head yet; the intent's owner goes on or undoes it
+        volume = store.swap(volume, replace(volume, head=next_id))
+    finish_freeze(store, volume)
+    return volume
+
+
+def finish_freeze(store: Store, volume: VolumeRecord) -> None:
+    """Make the layer below a volume's head frozen if a freeze was interrupted after the record named the new head."""
+    head = store.layer(volume.head)
+    if head.parent is None:
+        return
+    old = store.layer(head.parent)
+    if old.state is LayerState.HEAD:
+        store.swap(old, replace(old, state=LayerState.FROZEN, size_bytes=images.virtual_size_bytes(store, old)))
+    store.unmark(old.id, volume_marker(volume))
+
+
+def abandon(store: Store, layer_id: str, marker: str | None, *, parent: str | None) -> None:
+    """Undo a layer that was made for an intent and never became anything, whatever of it exists.
+
+    The parent's child marker goes last: until then the parent cannot be dropped under a half-made child.
+    """
+    if marker:
+        store.unmark(layer_id, marker)
+    if store.find_layer(layer_id):
+        drop(store, layer_id)
+        return
+    for image_format in ("qcow2", "raw"):
+        store.remove_image(layer_id, f"{layer_id}.{image_format}")
+    store.condemn(layer_id)
+    if parent:
+        store.unmark(parent, child_marker(layer_id))
+
+
+def drop(store: Store, layer_id: str) -> str | None:
+    """Remove a layer that nothing refers to, and give its parent, which has lost a child by that.
+
+    None when there is no such layer or it had no parent. Restartable at every step: the record goes last and names
+    the parent until the child marker there is gone.
+
+    Raises:
+        Busy: something refers to the layer; nothing changed.
+    """
+    layer = store.find_layer(layer_id)
+    if layer is None:
+        return None
+    if layer.state is not LayerState.RETIRED:
+        store.condemn(layer_id)
+        # die here: the record without refs tells the collector to go on
+        layer = store.swap(layer, replace(layer, state=LayerState.RETIRED))
+    store.remove_image(layer_id, layer.file)
+    if layer.parent:
+        store.unmark(layer.parent, child_marker(layer_id))
+    store.remove(layer)
+    log.info("layer %s removed", layer_id)
+    return layer.parent
+
+
+def drop_upwards(store: Store, layer_id: str | None) -> int:
+    """Drop a layer and then each parent that nothing refers to any more; gives how many were dropped."""
+    dropped = 0
+    while layer_id:
+        try:
+            layer_id = drop(store, layer_id)
+        except (Busy, NotFound):
+            break
+        dropped += 1
+    return dropped

@@ -1,0 +1,76 @@
+"""Finishing what a delete has decided: takes a volume or snapshot in state `deleting` away, or undoes an intent.
+
+The decision is one swap of the record to `deleting`; everything here comes after it and can be repeated. It is used
+by the delete calls themselves, by a create that fails or finds an old object of its name, and by the collector.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from csi_quobyte.engine import layers
+from csi_quobyte.pool.records import (
+    SnapshotRecord,
+    SnapshotState,
+    VolumeRecord,
+    VolumeState,
+    snapshot_marker,
+    volume_marker,
+)
+from csi_quobyte.pool.store import Store
+
+# Told which layer has lost a reference (None: look at everything), so that the collector can drop it.
+Release = Callable[[str | None], None]
+
+
+def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
+    """Take a volume away (its record is swapped to `deleting` first if it is not yet); gives the layer it leaves.
+
+    The caller holds the lock of the volume, and of the source while `source_next` is set.
+    """
+    if volume.state is not VolumeState.DELETING:
+        volume = store.swap(volume, replace(volume, state=VolumeState.DELETING))
+    if volume.unfinished:
+        if volume.source_next and volume.source and volume.parent:
+            _undo_freeze(store, volume.source.id, volume.source_next, parent=volume.parent)
+        layers.abandon(store, volume.head, volume_marker(volume), parent=volume.parent)
+        released = volume.parent
+    else:
+        store.unmark(volume.head, volume_marker(volume))
+        released = volume.head
+    store.remove_content(volume)
+    store.remove(volume)
+    return released
+
+
+def remove_snapshot(store: Store, snapshot: SnapshotRecord) -> str:
+    """Take a snapshot away, or undo one that never became ready; gives the layer it leaves.
+
+    The caller holds the lock of the snapshot, and of the source volume if the snapshot never became ready.
+    """
+    if snapshot.state is not SnapshotState.DELETING:
+        snapshot = store.swap(snapshot, replace(snapshot, state=SnapshotState.DELETING))
+    if snapshot.unfinished and snapshot.next:
+        _undo_freeze(store, snapshot.source_volume, snapshot.next, parent=snapshot.layer)
+    store.unmark(snapshot.layer, snapshot_marker(snapshot))
+    store.remove(snapshot)
+    return snapshot.layer
+
+
+def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> None:
+    """Finish a freeze that the source volume's record has already taken over, else remove its unused overlay.
+
+    The source's record is written again first, unchanged: a freeze that another process is in the middle of (where
+    locks do not reach) then loses its compare-and-set and cannot make a head of what is removed here.
+    """
+    source = store.find_volume(source_id)
+    if source and source.head == next_id:
+        layers.finish_freeze(store, source)
+        return
+    markers = store.markers(next_id) or []
+    if any(not marker.startswith("v-") for marker in markers):
+        return  # the freeze was finished and the volume has moved on since: this layer is part of its chain
+    if source and source.state is VolumeState.READY:
+        store.swap(source, source)
+    for marker in markers:
+        store.unmark(next_id, marker)
+    layers.abandon(store, next_id, None, parent=parent)

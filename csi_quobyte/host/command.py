@@ -1,0 +1,446 @@
+"""Run the machine's commands: the only module of the driver that starts a process.
+
+Owns: the environment of every child, its time and resource limits, the kill of its process group, the supervision
+of daemons that outlive us, and the guard against pids that were used again.
+Hides: pipes, pidfds, sessions, `prlimit`, /proc.
+
+What always holds:
+- A command is a list of arguments, never text for a shell, and nothing secret is ever an argument or an environment
+  variable: both are readable by every process of the machine, and both may appear in an error message.
+- A call returns within its time limit plus about a second, also when the child hangs in the kernel (state D).
+- Children run in their own session, with cwd "/", LC_ALL=C and PATH as their whole environment; paths in an
+  argument list must therefore be absolute.
+- No zombie is left while this process lives.
+
+A detached process and its supervisor:
+
+    this process ── sh (supervisor) ── daemon          the supervisor waits for the daemon and then writes
+         ╎             │                   │           "pid start exit-status" to the status file
+         ╎ may die     │ ignores TERM,     │
+         ╎             │ INT and HUP       └─ pid file: "pid start supervisor-pid supervisor-start"
+"""
+
+import contextlib
+import logging
+import os
+import select
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from csi_quobyte.errors import Unavailable
+
+_log = logging.getLogger(__name__)
+
+MAX_OUTPUT_BYTES = 8 * 1024 * 1024
+_READ_BYTES = 64 * 1024
+_STDERR_TAIL_CHARS = 2000
+_SHOWN_ARGV_CHARS = 300
+_KILLED_STATUS = 128 + signal.SIGKILL
+_NOT_STARTED_STATUS = 125  # as the supervisor's script says it
+_NOT_FOUND_STATUS = 127  # as shells say it
+_AFTER_KILL_S = 1.0  # a killed child that needs longer is stuck in the kernel; waiting on gains nothing
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# The text is constant: everything that varies arrives as a positional parameter and is only ever used as "$…", so
+# nothing is interpolated. It is a shell because a shell is the smallest supervisor there is (dash: about 1 MiB), and
+# an interpreter of our own would cost ten times as much for each volume.
+# `trap :` and not `trap ''`: an ignored signal would stay ignored in the daemon after exec, a caught one does not.
+# The daemon runs in the foreground of the supervisor, because a shell sets SIGINT to "ignore" for background jobs.
+# The inner shell becomes the daemon by exec, so its own pid is the daemon's, known before the daemon runs.
+_SUPERVISOR = r"""
+trap : TERM INT HUP
+start_time() { read -r line < "/proc/$1/stat" && set -- ${line##*) } && shift 19 && printf %s "$1"; }
+pid_path=$1 status_path=$2 inner=$3
+shift 3
+start=$(start_time $$) || exit 125
+sh -c "$inner" sh "$pid_path" $$ "$start" "$@"
+status=$?
+printf '%s %s %s\n' $$ "$start" $status > "$status_path.tmp" && mv -f -- "$status_path.tmp" "$status_path"
+exit $status
+"""
+_BECOME_DAEMON = r"""
+start_time() { read -r line < "/proc/$1/stat" && set -- ${line##*) } && shift 19 && printf %s "$1"; }
+start=$(start_time $$) || exit 125
+identity="$$ $start $2 $3"
+printf '%s\n' "$identity" > "$1.tmp" && mv -f -- "$1.tmp" "$1" || exit 125
+printf '%s\n' "$identity"
+shift 3
+exec "$@" >&2
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Resource limits of a child; None leaves a limit as this process has it."""
+
+    address_space_bytes: int | None
+    """RLIMIT_AS: an allocation beyond it fails."""
+    cpu_s: int | None
+    """RLIMIT_CPU: SIGXCPU ends the child, which then counts as failed with status 152."""
+
+
+QEMU_IMG_LIMITS = Limits(address_space_bytes=1 << 30, cpu_s=60)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The outcome of a command whose status was one that the caller accepts."""
+
+    status: int
+    """Exit status; 128 + n if signal n ended it, as shells count."""
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """One process for as long as the machine runs: a pid alone may have been used again."""
+
+    pid: int
+    start_time_ticks: int
+    """Clock ticks between boot and the start of the process (proc(5), field 22 of /proc/PID/stat)."""
+
+
+@dataclass(frozen=True)
+class Detached:
+    """A process started by `spawn_detached`, and the supervisor that records its exit status."""
+
+    process: ProcessIdentity
+    supervisor: ProcessIdentity
+
+
+class CommandFailed(Unavailable):
+    """A command could not be started, or ended with a status that its caller did not expect."""
+
+    def __init__(self, argv: Sequence[str], status: int, stderr: str, reason: str | None = None) -> None:
+        """Build the message from the command and `reason`, or its status and the last line of its stderr."""
+        self.argv = tuple(argv)
+        self.status = status
+        self.stderr = stderr[-_STDERR_TAIL_CHARS:]
+        lines = [line for line in self.stderr.splitlines() if line.strip()]
+        said = f": {lines[-1].strip()}" if lines else ""
+        shown = shlex.join(self.argv)
+        if len(shown) > _SHOWN_ARGV_CHARS:
+            shown = shown[:_SHOWN_ARGV_CHARS] + "…"
+        super().__init__(f"{shown}: {reason or f'failed with status {status}'}{said}")
+
+
+class CommandTimedOut(CommandFailed):
+    """A command was killed at its time limit; what it did until then is unknown."""
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    input: bytes | None = None,  # noqa: A002 - the name that subprocess.run uses for it
+    limits: Limits | None = None,
+    ok_statuses: Collection[int] = (0,),
+    env_extra: Mapping[str, str] | None = None,
+) -> Completed:
+    """Run a command to its end and return what it printed, decoded as UTF-8 with replacement characters.
+
+    stdin is `input`, or empty. Processes that the command leaves behind (a FUSE helper, say) are not waited for and
+    may keep its stdout and stderr open. At the time limit the whole process group is killed.
+
+    Raises:
+        CommandTimedOut: it did not end within `timeout_s`.
+        CommandFailed: its status is not in `ok_statuses`, it could not be started (status 127), or it printed more
+            than MAX_OUTPUT_BYTES (it is killed then).
+    """
+    full_argv = [*_limit_prefix(limits), *argv]
+    with _input_file(input) as stdin:
+        process = _start(argv, full_argv, stdin, subprocess.PIPE, subprocess.PIPE, env_extra)
+    try:
+        stdout, stderr = _collect(process, argv, timeout_s)
+    except BaseException:
+        _kill_group(process)
+        raise
+    finally:
+        _close_pipes(process)
+    status = _shell_status(process.wait())  # it has exited: this only reaps it
+    if status not in ok_statuses:
+        raise CommandFailed(argv, status, stderr)
+    return Completed(status, stdout, stderr)
+
+
+def spawn_detached(
+    argv: Sequence[str],
+    *,
+    log_path: str,
+    status_path: str,
+    pid_path: str,
+    env_extra: Mapping[str, str] | None = None,
+    timeout_s: float = 10.0,
+) -> Detached:
+    """Start a daemon that outlives this process and whose exit status is recorded whoever is alive then.
+
+    stdout and stderr are appended to `log_path`. On return `pid_path` names the process, which may not yet have
+    executed `argv[0]`; if that fails, the recorded status is 126 or 127 and the log says why. To end the daemon,
+    signal the process and not its supervisor, which catches SIGTERM, SIGINT and SIGHUP so that a signal to a
+    whole group does not lose the status. None of the files is synced: they mean nothing after a reboot.
+
+    Raises:
+        CommandFailed: the supervisor could not be started, could not write `pid_path`, or did not get the daemon under
+            way within `timeout_s`; everything started was killed.
+    """
+    for stale in (pid_path, status_path):
+        Path(stale).unlink(missing_ok=True)
+    supervisor_argv = ["sh", "-c", _SUPERVISOR, "sh", pid_path, status_path, _BECOME_DAEMON, *argv]
+    log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        process = _start(argv, supervisor_argv, subprocess.DEVNULL, subprocess.PIPE, log_fd, env_extra)
+    finally:
+        os.close(log_fd)
+    try:
+        detached = _parse_identities(_first_line(process, timeout_s))
+        if detached is None:
+            raise CommandFailed(argv, _NOT_STARTED_STATUS, log_tail(log_path), "could not be started as a daemon")
+    except BaseException:
+        _kill_group(process)
+        raise
+    finally:
+        _close_pipes(process)
+    _reap_in_background(process)
+    return detached
+
+
+def find_detached(pid_path: str) -> Detached | None:
+    """Read which process `spawn_detached` started; None if there is no complete pid file."""
+    return _parse_identities(_read_or_empty(pid_path))
+
+
+def find_exit_status(detached: Detached, status_path: str) -> int | None:
+    """Return the recorded exit status of this very process (128 + n for signal n), None if none was recorded."""
+    fields = _read_or_empty(status_path).split()
+    if len(fields) != 3 or not all(field.isdecimal() for field in fields):
+        return None
+    # A status that an earlier daemon's supervisor wrote late must not be taken for this one's.
+    if ProcessIdentity(int(fields[0]), int(fields[1])) != detached.supervisor:
+        return None
+    return int(fields[2])
+
+
+def log_tail(log_path: str) -> str:
+    """Return the last 2000 characters of a daemon's log, empty if there is none."""
+    return _read_or_empty(log_path)[-_STDERR_TAIL_CHARS:]
+
+
+def is_running(identity: ProcessIdentity, cmdline_contains: str) -> bool:
+    """Tell whether that process lives; a zombie, and a process that merely got its pid, do not count.
+
+    `cmdline_contains` must occur in its command line: it guards against a pid file from before a reboot.
+    """
+    if _state_of(identity) in (None, "Z", "X"):
+        return False
+    cmdline = _read_or_empty(f"/proc/{identity.pid}/cmdline").replace("\0", " ")
+    return cmdline_contains in cmdline
+
+
+def send_signal(identity: ProcessIdentity, cmdline_contains: str, signal_number: signal.Signals) -> bool:
+    """Signal that process and no other; False if it does not run any more."""
+    try:
+        with _opened(os.pidfd_open(identity.pid)) as pidfd:
+            # Checked after pidfd_open: from here on the descriptor cannot come to mean another process.
+            if not is_running(identity, cmdline_contains):
+                return False
+            signal.pidfd_send_signal(pidfd, signal_number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_exit(identity: ProcessIdentity, timeout_s: float) -> bool:
+    """Wait until that process has ended; False if it still runs after `timeout_s`. It need not be our child."""
+    try:
+        with _opened(os.pidfd_open(identity.pid)) as pidfd:
+            return _state_of(identity) is None or _readable_within(pidfd, timeout_s)
+    except ProcessLookupError:
+        return True
+
+
+def _limit_prefix(limits: Limits | None) -> list[str]:
+    # prlimit(1) instead of preexec_fn, which may deadlock in a process with threads.
+    if limits is None:
+        return []
+    options = [("as", limits.address_space_bytes), ("cpu", limits.cpu_s)]
+    return ["prlimit", *(f"--{name}={value}" for name, value in options if value is not None), "--"]
+
+
+def _environment(env_extra: Mapping[str, str] | None) -> dict[str, str]:
+    return {"PATH": os.environ.get("PATH", _DEFAULT_PATH), "LC_ALL": "C", **(env_extra or {})}
+
+
+@contextlib.contextmanager
+def _input_file(content: bytes | None) -> Iterator[IO[bytes] | int]:
+    # Memory and not a pipe, so that a child that does not read its input cannot block us; and not a file, for the
+    # root file system may be read-only.
+    if content is None:
+        yield subprocess.DEVNULL
+        return
+    with os.fdopen(os.memfd_create("stdin"), "w+b") as file:
+        file.write(content)
+        file.seek(0)
+        yield file
+
+
+def _start(
+    argv: Sequence[str],
+    full_argv: Sequence[str],
+    stdin: IO[bytes] | int,
+    stdout: int,
+    stderr: int,
+    env_extra: Mapping[str, str] | None,
+) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            full_argv,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=_environment(env_extra),
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise CommandFailed(argv, _NOT_FOUND_STATUS, str(error), "could not be started") from error
+
+
+def _collect(process: subprocess.Popen[bytes], argv: Sequence[str], timeout_s: float) -> tuple[str, str]:
+    """Read stdout and stderr until the child has exited; end of file may never come (see `run`)."""
+    deadline = time.monotonic() + timeout_s
+    buffers = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr) if pipe is not None}
+    open_fds = set(buffers)
+    poller = select.poll()
+    for fd in buffers:
+        os.set_blocking(fd, False)
+        poller.register(fd, select.POLLIN)
+    with _opened(os.pidfd_open(process.pid)) as pidfd:
+        poller.register(pidfd, select.POLLIN)
+        exited = False
+        while not exited:
+            left_s = deadline - time.monotonic()
+            ready = {fd for fd, _ in poller.poll(max(0.0, left_s) * 1000)}
+            exited = pidfd in ready
+            for fd in list(open_fds if exited else open_fds & ready):
+                if _read_available(fd, buffers[fd], argv):
+                    open_fds.remove(fd)
+                    poller.unregister(fd)
+            if not exited and left_s <= 0:
+                stderr = _text(list(buffers.values())[-1])
+                raise CommandTimedOut(argv, _KILLED_STATUS, stderr, f"killed after {timeout_s} s")
+    stdout, stderr = (_text(buffer) for buffer in buffers.values())
+    return stdout, stderr
+
+
+def _read_available(fd: int, buffer: bytearray, argv: Sequence[str]) -> bool:
+    """Move what a pipe holds to the buffer; True at end of file.
+
+    Raises:
+        CommandFailed: the buffer grew beyond MAX_OUTPUT_BYTES.
+    """
+    while len(buffer) <= MAX_OUTPUT_BYTES:
+        try:
+            chunk = os.read(fd, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            return True
+        buffer += chunk
+    raise CommandFailed(argv, _KILLED_STATUS, "", f"killed: it printed more than {MAX_OUTPUT_BYTES} bytes")
+
+
+def _first_line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
+    """Return the first line on the child's stdout, or what there is of it at end of file or at the time limit."""
+    deadline = time.monotonic() + timeout_s
+    line = b""
+    if process.stdout is not None:
+        fd = process.stdout.fileno()
+        while not line.endswith(b"\n") and _readable_within(fd, deadline - time.monotonic()):
+            chunk = os.read(fd, 1)  # one line only: the rest of a pipe belongs to whoever reads next
+            if not chunk:
+                break
+            line += chunk
+    return _text(line)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill the child's process group; a child stuck in the kernel is left to a thread that reaps it when it ends."""
+    # Only while the leader is not reaped is its group id certain to be ours; Popen knows whether it is.
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        with _opened(os.pidfd_open(process.pid)) as pidfd:
+            ended = _readable_within(pidfd, _AFTER_KILL_S)
+    except ProcessLookupError:
+        ended = True
+    if ended:
+        process.wait()
+        return
+    _log.warning("process %d does not end although it was killed: it is stuck in the kernel", process.pid)
+    _reap_in_background(process)
+
+
+def _reap_in_background(process: subprocess.Popen[bytes]) -> None:
+    threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+@contextlib.contextmanager
+def _opened(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _readable_within(fd: int, timeout_s: float) -> bool:
+    """Wait until a descriptor is readable; a pidfd is readable once its process has ended (pidfd_open(2))."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(max(0.0, timeout_s) * 1000))
+
+
+def _state_of(identity: ProcessIdentity) -> str | None:
+    """Return the one-letter state of proc(5), None if that process is gone or its pid belongs to another one."""
+    # The command name in parentheses may itself contain ") ", hence the last one.
+    fields = _read_or_empty(f"/proc/{identity.pid}/stat").rpartition(") ")[2].split()
+    if len(fields) < 20 or fields[19] != str(identity.start_time_ticks):
+        return None
+    return fields[0]
+
+
+def _parse_identities(text: str) -> Detached | None:
+    fields = text.split()
+    if len(fields) != 4 or not all(field.isdecimal() for field in fields):
+        return None
+    pid, start, supervisor_pid, supervisor_start = (int(field) for field in fields)
+    return Detached(ProcessIdentity(pid, start), ProcessIdentity(supervisor_pid, supervisor_start))
+
+
+def _read_or_empty(path: str) -> str:
+    try:
+        return Path(path).read_bytes().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):  # /proc answers ESRCH for a process that ends meanwhile
+        return ""
+
+
+def _text(raw: bytes | bytearray) -> str:
+    return raw.decode(errors="replace")
+
+
+def _shell_status(returncode: int) -> int:
+    return 128 - returncode if returncode < 0 else returncode

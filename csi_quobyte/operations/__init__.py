@@ -1,0 +1,1 @@
+"""What a request means, free of gRPC: volumes, snapshots, staging."""

@@ -1,0 +1,167 @@
+"""What the controller does with snapshots of detached volumes: create, delete, list.
+
+A snapshot's life:   (nothing) -> creating -> ready -> deleting -> (nothing)
+
+    before    V --> F              after    V --> N --> F <-- S        N is an empty overlay, F is frozen
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from csi_quobyte.engine import layers, removal
+from csi_quobyte.engine.removal import Release
+from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, Exhausted, NotFound, Refused
+from csi_quobyte.pool import records
+from csi_quobyte.pool.records import (
+    LayerState,
+    SnapshotRecord,
+    SnapshotState,
+    snapshot_marker,
+)
+from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
+
+_FINAL = (Exhausted, NotFound, Refused, Corrupt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotRequest:
+    """A checked CreateSnapshot request."""
+
+    name: str
+    source_volume: str
+    kubernetes: dict[str, str]
+
+
+def create(store: Store, request: SnapshotRequest, release: Release) -> SnapshotRecord:
+    """Take the snapshot of a CSI name, or give the one that is there; durable and ready on return.
+
+    Raises:
+        AlreadyExists: the name is taken by a snapshot of another volume.
+        NotFound: no such volume.
+        Refused: the volume is attached.
+        Exhausted: no space, or the chain is too long; nothing is left behind.
+        Busy: another operation on the volume is running.
+    """
+    snapshot_id = records.snapshot_id(store.prefix, request.name)
+    with _locked(store, snapshot_id, request.source_volume):
+        snapshot = store.find_snapshot(snapshot_id)
+        if snapshot and snapshot.state is SnapshotState.DELETING:
+            with _source_locked(store, snapshot, held=request.source_volume):
+                release(removal.remove_snapshot(store, snapshot))
+            snapshot = None
+        if snapshot and snapshot.source_volume != request.source_volume:
+            raise AlreadyExists(f"snapshot {request.name!r} exists: it is one of volume {snapshot.source_volume}")
+        if snapshot is None:
+            snapshot = _write_intent(store, snapshot_id, request)
+        if snapshot.state is SnapshotState.READY:
+            return snapshot
+        try:
+            return _finish(store, snapshot)
+        except _FINAL:
+            release(removal.remove_snapshot(store, store.snapshot(snapshot_id)))
+            raise
+
+
+@contextmanager
+def _locked(store: Store, snapshot_id: str, volume_id: str) -> Iterator[None]:
+    with store.lock(volume_id), store.lock(snapshot_id):
+        yield
+
+
+@contextmanager
+def _source_locked(store: Store, snapshot: SnapshotRecord, *, held: str) -> Iterator[None]:
+    """Hold the lock of the volume whose freeze has to be undone, unless it is `held` or nothing has to be."""
+    with ExitStack() as stack:
+        if snapshot.unfinished and snapshot.next and snapshot.source_volume != held:
+            stack.enter_context(store.lock(snapshot.source_volume))
+        yield
+
+
+def _write_intent(store: Store, snapshot_id: str, request: SnapshotRequest) -> SnapshotRecord:
+    volume = layers.detached_volume(store, request.source_volume, to_be="snapshotted")
+    untouched = layers.untouched_parent(store, volume)
+    if untouched is None:
+        layers.check_depth(store, volume.head)
+    return store.create(
+        SnapshotRecord(
+            id=snapshot_id,
+            uid=records.new_uid(),
+            name=request.name,
+            state=SnapshotState.CREATING,
+            source_volume=volume.id,
+            layer=untouched.id if untouched else volume.head,
+            next=None if untouched else records.new_layer_id(),
+            size_bytes=volume.size_bytes,
+            content=store.content(volume),
+            created_at=records.now(),
+            kubernetes=request.kubernetes,
+        )
+    )
+
+
+def _finish(store: Store, snapshot: SnapshotRecord) -> SnapshotRecord:
+    """Do what the intent says, as far as it is not done, and make the snapshot ready."""
+    store.mark(snapshot.layer, snapshot_marker(snapshot))
+    if snapshot.next and store.layer(snapshot.layer).state is LayerState.HEAD:
+        volume = layers.ready_volume(store, snapshot.source_volume)
+        if volume.head not in {snapshot.layer, snapshot.next}:
+            raise NotFound(f"volume {volume.id} was made anew meanwhile")
+        layers.freeze(store, volume, snapshot.next)
+    if store.layer(snapshot.layer).state is not LayerState.FROZEN:
+        raise Busy(f"the volume of snapshot {snapshot.id} is being changed")
+    return store.swap(snapshot, replace(snapshot, state=SnapshotState.READY, unfinished=False))
+
+
+def delete(store: Store, snapshot_id: str, release: Release) -> None:
+    """Delete a snapshot; gone already is success. Volumes restored from it are not concerned.
+
+    Raises:
+        Busy: another operation on it, or on the source of an unfinished one, is running.
+    """
+    with store.lock(snapshot_id):
+        try:
+            snapshot = store.find_snapshot(snapshot_id)
+        except Corrupt as error:
+            log.error("deleting a snapshot whose record cannot be read: %s", error)
+            store.remove_damaged("snapshots", snapshot_id)
+            release(None)
+            return
+        if snapshot is None:
+            return
+        with _source_locked(store, snapshot, held=""):
+            release(removal.remove_snapshot(store, snapshot))
+
+
+def find_ready(store: Store, snapshot_id: str) -> SnapshotRecord:
+    """Give a snapshot that exists for users.
+
+    Raises:
+        NotFound: there is none (also while it is being deleted).
+    """
+    snapshot = store.snapshot(snapshot_id)
+    if snapshot.state is SnapshotState.DELETING:
+        raise NotFound(f"snapshot {snapshot_id} is being deleted")
+    return snapshot
+
+
+def list_page(store: Store, *, after: str, at_most: int, source_volume: str = "") -> list[SnapshotRecord]:
+    """Give up to `at_most` ready snapshots with ids above `after`, ascending, of one volume if that is given."""
+    found: list[SnapshotRecord] = []
+    for snapshot_id in store.snapshot_ids(after=after):
+        try:
+            snapshot = store.find_snapshot(snapshot_id)
+        except Corrupt as error:
+            log.error("left out of the list: %s", error)
+            continue
+        if snapshot is None or snapshot.state is not SnapshotState.READY:
+            continue
+        if source_volume and snapshot.source_volume != source_volume:
+            continue
+        found.append(snapshot)
+        if len(found) == at_most:
+            break
+    return found

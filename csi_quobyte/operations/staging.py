@@ -1,0 +1,626 @@
+"""Everything a node does with one volume: open its chain, make a block device of it, format, mount, grow, take down.
+
+    image files --storage daemon--> FUSE export --loop device--> /dev/loopN --mount--> staging path --bind--> targets
+    raw image file --------------------- loop device ----------> (dataPath loop)
+
+There is no local truth: what is there is asked of the kernel (devices by their tag, the mount table) and of the daemon
+(QMP) each time, so a new node process goes on where the old one ended. The daemon's key and the device's tag follow
+from driver, node and volume id.
+
+Always true: a device is made only from exactly the recorded chain, for the attachment generation that the record
+names; a file system is made only where the record says that nothing but our own mkfs ever wrote.
+"""
+
+import hashlib
+import logging
+import os
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_quobyte import telemetry
+from csi_quobyte.engine.layers import ready_volume
+from csi_quobyte.errors import (
+    AlreadyExists,
+    Busy,
+    Corrupt,
+    DriverError,
+    InvalidArgument,
+    NotFound,
+    Refused,
+    Unavailable,
+)
+from csi_quobyte.host import filesystem, loop, mounts
+from csi_quobyte.host.filesystem import Usage
+from csi_quobyte.host.loop import LoopDevice
+from csi_quobyte.host.qemu import ImageLayer, QemuTools, gate
+from csi_quobyte.host.qsd import Daemon, Daemons, StopResult
+from csi_quobyte.pool import images
+from csi_quobyte.pool.chain import chain_of
+from csi_quobyte.pool.records import AccessType, Attachment, Content, LayerRecord, VolumeRecord
+from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
+
+TAG_PREFIX = "cq"
+UNMOUNT_TIMEOUT_S = 10.0
+RELEASE_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 20.0
+MKFS_TIMEOUT_S = 600.0
+FSCK_TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRequest:
+    """A checked NodeStageVolume request; `filesystem` is empty for block and when the request does not say."""
+
+    volume_id: str
+    generation: int
+    staging_path: str
+    access_type: AccessType
+    filesystem: str
+    mount_options: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishRequest:
+    """A checked NodePublishVolume request."""
+
+    volume_id: str
+    generation: int
+    staging_path: str
+    target_path: str
+    access_type: AccessType
+    readonly: bool
+    single_writer: bool
+
+
+@dataclass(frozen=True)
+class VolumeStats:
+    """Usage of a mounted volume, or just the size of a block volume."""
+
+    total_bytes: int
+    usage: Usage | None
+
+
+class Node:
+    """The node's side of all volumes. Methods that take a store touch the pool; the others never do."""
+
+    def __init__(
+        self, *, node_id: str, driver_name: str, tools: QemuTools, daemons: Daemons, allow_untested_qemu: bool
+    ) -> None:
+        self._identity = f"{driver_name}\0{node_id}\0"
+        self._node_id = node_id
+        self._tools = tools
+        self._daemons = daemons
+        self._allow_untested_qemu = allow_untested_qemu
+        self._held: set[str] = set()
+        self._guard = threading.Lock()
+
+    def _key(self, volume_id: str) -> str:
+        return hashlib.sha256((self._identity + volume_id).encode()).hexdigest()[:24]
+
+    @contextmanager
+    def _lock(self, volume_id: str) -> Iterator[None]:
+        """Hold this node's lock of a volume; one process alone uses a state directory, so memory is enough.
+
+        Raises:
+            Busy: another operation on the volume is running here.
+        """
+        with self._guard:
+            if volume_id in self._held:
+                raise Busy(f"another operation on volume {volume_id} is running on this node")
+            self._held.add(volume_id)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._held.discard(volume_id)
+
+    # --- stage -------------------------------------------------------------------------------------------------
+
+    def stage(self, store: Store, request: StageRequest) -> None:
+        """Make a volume's device, and for a mount volume its mounted file system, at the staging path.
+
+        Raises:
+            NotFound: no such volume.
+            Refused: not attached to this node with this generation; the file system is damaged, or not there though
+                the volume was formatted; the staging path is used for something else.
+            Corrupt: the layers are not what the records say.
+            Busy, Unavailable: try again.
+        """
+        with self._lock(request.volume_id):
+            volume, attachment = self._attached(store, request.volume_id, request.generation)
+            _check_request(volume, request)
+            _check_staging_path(request)
+            key = self._key(volume.id)
+            try:
+                device = self._ensure_device(store, volume, attachment, request.staging_path)
+                if volume.access_type == "block":
+                    _note_raw_use(store, volume, attachment)
+                else:
+                    _ensure_mounted(store, volume, attachment, device, request)
+            except (Refused, Corrupt, NotFound, InvalidArgument):
+                # final: kubelet may never unstage what it believes was not staged
+                self._take_down(key, request.staging_path)
+                raise
+            self._count_staged()
+
+    def _attached(self, store: Store, volume_id: str, generation: int) -> tuple[VolumeRecord, Attachment]:
+        """Give a volume and this node's attachment of it.
+
+        Raises:
+            Refused: it is not attached to this node, or the generation is a stale one: another stage may follow.
+        """
+        volume = ready_volume(store, volume_id)
+        for attachment in volume.attachments:
+            if attachment.node == self._node_id:
+                if attachment.generation != generation:
+                    raise Refused(
+                        f"volume {volume_id}: generation {generation} is stale, the attachment has "
+                        f"{attachment.generation}"
+                    )
+                return volume, attachment
+        raise Refused(f"volume {volume_id} is not attached to node {self._node_id}")
+
+    def _ensure_device(
+        self, store: Store, volume: VolumeRecord, attachment: Attachment, staging_path: str
+    ) -> LoopDevice:
+        """Make the volume's block device from exactly the recorded chain, at least as large as the record says."""
+        chain = chain_of(volume.head, store.find_layer)
+        images.check_chain(store, chain)
+        read_only = attachment.readonly and volume.access_type == "block"
+        key, tag = self._key(volume.id), loop.tag_of(TAG_PREFIX, self._key(volume.id))
+        if is_plain_loop(volume, chain):
+            self._clear_dead(key, staging_path, expect_daemon=False)
+            if not read_only:
+                store.grow_raw_image(chain[0], volume.size_bytes)
+            backing = store.image_path(chain[0])
+        else:
+            self._check_gate()
+            self._clear_dead(key, staging_path, expect_daemon=True)
+            daemon = self._daemons.ensure(key)
+            daemon.ensure_open(_image_layers(store, chain), read_only=read_only)
+            if not read_only:
+                daemon.resize(volume.size_bytes)
+            backing = daemon.ensure_fuse_export(writable=not read_only)
+        device = loop.ensure(tag, backing, read_only=read_only)
+        if not read_only and device.size_bytes < volume.size_bytes:
+            device = loop.refresh_size(device)
+        return device
+
+    def _check_gate(self) -> None:
+        """Check that this QEMU may serve data.
+
+        Raises:
+            Refused: it is not one that was measured to be right.
+        """
+        reason = gate(self._tools.version, "fuse")
+        if reason and not self._allow_untested_qemu:
+            raise Refused(reason)
+
+    def _clear_dead(self, key: str, staging_path: str, *, expect_daemon: bool) -> None:
+        """Take down a device that gives nothing but errors any more, so that a fresh one can be made.
+
+        Raises:
+            Refused: a pod still has it mounted: it must go first.
+        """
+        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        if device is None:
+            return
+        daemon_lives = self._daemons.find(key) is not None
+        if daemon_lives == expect_daemon and filesystem.is_readable(device.path):
+            return
+        others = [target for target in _targets(device) if target != staging_path]
+        if others:
+            raise Refused(f"{device.path} is dead and still mounted at {others[0]}: the pod there must end first")
+        log.warning("%s of key %s is dead (daemon alive: %s): making a new one", device.path, key, daemon_lives)
+        self._take_down(key, staging_path)
+
+    # --- unstage -----------------------------------------------------------------------------------------------
+
+    def unstage(self, volume_id: str, staging_path: str) -> None:
+        """Unmount, free the device and end the daemon; done before is success. Does not need the pool.
+
+        Returns only when nothing of this node can write to the volume any more.
+
+        Raises:
+            Refused: the file system is in use.
+            Unavailable: the daemon or the device does not let go in time; call again.
+        """
+        with self._lock(volume_id):
+            self._take_down(self._key(volume_id), staging_path)
+            self._count_staged()
+
+    def _take_down(self, key: str, staging_path: str) -> None:
+        if mounts.at(staging_path):
+            outcome = mounts.unmount(staging_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
+            if outcome is mounts.Unmounted.LAZY:
+                log.warning("%s did not answer and was unmounted lazily", staging_path)
+        self._release(key)
+
+    def _release(self, key: str) -> None:
+        """Free the device, then end the daemon, in this order: an open device would keep the export busy."""
+        released = loop.release(loop.tag_of(TAG_PREFIX, key), timeout_s=RELEASE_TIMEOUT_S)
+        if released.flush_error:
+            log.error("data of key %s could not be written back and is lost: %s", key, released.flush_error)
+        self._stop_daemon(key)
+        self._daemons.forget(key)
+
+    def _stop_daemon(self, key: str) -> None:
+        daemon = self._daemons.find(key)
+        if daemon is None:
+            return
+        match daemon.stop(timeout_s=STOP_TIMEOUT_S):
+            case StopResult.CLEAN:
+                return
+            case StopResult.UNCLEAN:
+                # nothing runs any more, so the volume may go elsewhere; unflushed writes are gone, as in a power cut
+                log.error("the daemon of key %s did not end cleanly: writes that were not flushed are lost", key)
+            case StopResult.STILL_RUNNING:
+                raise Unavailable(f"the storage daemon of key {key} does not end; is its pool hanging?")
+
+    # --- publish -----------------------------------------------------------------------------------------------
+
+    def publish(self, store: Store, request: PublishRequest) -> None:
+        """Make a staged volume visible at a pod's target path.
+
+        Raises:
+            Refused: not staged, a stale generation, or a second target of a single writer.
+            AlreadyExists: published at this target in another way.
+        """
+        with self._lock(request.volume_id):
+            volume, attachment = self._attached(store, request.volume_id, request.generation)
+            if request.access_type != volume.access_type:
+                raise Refused(f"volume {volume.id} was made for access type {volume.access_type}")
+            device = self._device(volume.id)
+            readonly = request.readonly or attachment.readonly
+            if volume.access_type == "block" and request.readonly and not attachment.readonly:
+                raise InvalidArgument("a block volume can be read-only only as a whole: attach it read-only")
+            source = _publish_source(device, request)
+            if _is_published(device, request.target_path, readonly=readonly):
+                return
+            _check_single_writer(device, request)
+            _make_target(request)
+            mounts.bind(source, request.target_path, read_only=readonly)
+
+    def unpublish(self, volume_id: str, target_path: str) -> None:
+        """Take a volume away from a pod's target path and remove that; done before is success.
+
+        Raises:
+            Refused: the file system is in use there.
+        """
+        with self._lock(volume_id):
+            if mounts.at(target_path):
+                mounts.unmount(target_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
+            _remove_target(target_path)
+
+    def _device(self, volume_id: str) -> LoopDevice:
+        """Give a volume's device.
+
+        Raises:
+            Refused: there is none: the volume is not staged here.
+        """
+        device = loop.find(loop.tag_of(TAG_PREFIX, self._key(volume_id)))
+        if device is None:
+            raise Refused(f"volume {volume_id} is not staged on node {self._node_id}")
+        return device
+
+    # --- expand and stats --------------------------------------------------------------------------------------
+
+    def expand(self, store: Store, volume_id: str, volume_path: str, wanted_bytes: int) -> int:
+        """Make image, device and file system as large as the record says, and give that size in bytes.
+
+        Raises:
+            NotFound: the volume is not at that path.
+            Unavailable: the controller has not set the size yet.
+            Refused: not staged here, or attached read-only.
+        """
+        with self._lock(volume_id):
+            volume = ready_volume(store, volume_id)
+            device = _device_at(self._find_device(volume_id), volume_id, volume_path)
+            if volume.size_bytes < wanted_bytes:
+                raise Unavailable(f"volume {volume_id} has {volume.size_bytes} bytes in its record, not {wanted_bytes}")
+            if device.read_only:
+                raise Refused(f"volume {volume_id} is attached read-only")
+            chain = chain_of(volume.head, store.find_layer)
+            if is_plain_loop(volume, chain):
+                store.grow_raw_image(chain[0], volume.size_bytes)
+            else:
+                self._running_daemon(volume_id).resize(volume.size_bytes)
+            device = loop.refresh_size(device)
+            if volume.access_type == "mount":
+                _grow_mounted(volume, device, volume_path)
+            return volume.size_bytes
+
+    def _running_daemon(self, volume_id: str) -> Daemon:
+        daemon = self._daemons.find(self._key(volume_id))
+        if daemon is None:
+            raise Refused(f"the storage daemon of volume {volume_id} has ended; stage the volume again")
+        return daemon
+
+    def _find_device(self, volume_id: str) -> LoopDevice | None:
+        return loop.find(loop.tag_of(TAG_PREFIX, self._key(volume_id)))
+
+    def stats(self, volume_id: str, volume_path: str) -> VolumeStats:
+        """Give the usage of a volume that is staged or published at a path. Does not need the pool's records.
+
+        Raises:
+            NotFound: the volume is not at that path.
+        """
+        device = _device_at(self._find_device(volume_id), volume_id, volume_path)
+        mounted = mounts.at(volume_path)
+        if mounted and mounted.major_minor == device.major_minor:
+            usage = filesystem.usage(volume_path)
+            return VolumeStats(usage.total_bytes, usage)
+        return VolumeStats(device.size_bytes, None)
+
+    # --- life of the process -----------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """At the start: clear the devices whose daemon is gone, where no pod has them; leave all that works alone."""
+        for key in self._daemons.keys():
+            device = loop.find(loop.tag_of(TAG_PREFIX, key))
+            if self._daemons.find(key) is not None:
+                log.info("found the daemon of key %s running (%s)", key, device.path if device else "no device")
+                continue
+            try:
+                self._clear_leftover(key, device)
+            except DriverError as error:
+                log.warning("what is left of key %s cannot be cleared now: %s", key, error)
+        self._count_staged()
+
+    def _clear_leftover(self, key: str, device: LoopDevice | None) -> None:
+        if device is None:
+            self._daemons.forget(key)
+            return
+        found = mounts.of_device(device.major_minor)
+        if len({mounted.target for mounted in found}) > 1 or _block_targets(device):
+            log.error("%s has lost its daemon; the pods that use it must be deleted", device.path)
+            return
+        for mounted in found:
+            mounts.unmount(mounted.target, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
+        self._release(key)
+
+    def stop_all(self) -> bool:
+        """End every daemon with its data flushed; unmounts what no pod uses. False if one did not end cleanly.
+
+        A target that a pod has mounted stays, dead: an empty directory in its place would take the pod's writes.
+        """
+        clean = True
+        for key in self._daemons.keys():
+            daemon = self._daemons.find(key)
+            if daemon is None:
+                continue
+            try:
+                self._quiesce(key)
+                result = daemon.stop(timeout_s=STOP_TIMEOUT_S)
+                clean = clean and result is StopResult.CLEAN
+                log.info("daemon of key %s ended: %s", key, result.name)
+            except DriverError as error:
+                clean = False
+                log.error("daemon of key %s: %s", key, error)
+        return clean
+
+    def _quiesce(self, key: str) -> None:
+        """Bring what is cached above a device down to the daemon, and free the device if nobody uses it."""
+        tag = loop.tag_of(TAG_PREFIX, key)
+        device = loop.find(tag)
+        if device is None:
+            return
+        targets = _targets(device)
+        if len(targets) == 1 and not _block_targets(device):
+            mounts.unmount(targets[0], timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=False)
+            targets = []
+        if not targets:
+            loop.release(tag, timeout_s=RELEASE_TIMEOUT_S)
+        else:
+            filesystem.sync(device.path, targets[0])
+
+    def _count_staged(self) -> None:
+        devices = {device.tag for device in loop.scan(f"{TAG_PREFIX}:")}
+        with_daemon = {loop.tag_of(TAG_PREFIX, key) for key in self._daemons.keys()}
+        telemetry.STAGED_VOLUMES.labels("fuse").set(len(devices & with_daemon))
+
+
+# --- pieces without state --------------------------------------------------------------------------------------
+
+
+def is_plain_loop(volume: VolumeRecord, chain: Sequence[LayerRecord]) -> bool:
+    """Say whether a volume is served by a loop device on its file: asked for, and still a single raw layer."""
+    return volume.data_path == "loop" and len(chain) == 1 and chain[0].format == "raw"
+
+
+def _image_layers(store: Store, chain: Sequence[LayerRecord]) -> list[ImageLayer]:
+    """Give the chain base first, as the daemon opens it."""
+    return [ImageLayer(layer.id, store.image_path(layer), layer.format) for layer in reversed(chain)]
+
+
+def _check_request(volume: VolumeRecord, request: StageRequest) -> None:
+    if request.access_type != volume.access_type:
+        raise Refused(f"volume {volume.id} was made for access type {volume.access_type}, not {request.access_type}")
+    if request.filesystem and request.filesystem != volume.filesystem:
+        raise Refused(f"volume {volume.id} was made for file system {volume.filesystem}, not {request.filesystem}")
+
+
+def _check_staging_path(request: StageRequest) -> None:
+    """Check that the staging path is a directory; it is made when missing.
+
+    Raises:
+        Refused: it is something else.
+    """
+    if mounts.at(request.staging_path):
+        return  # judged by whose mount it is, without touching it
+    try:
+        os.makedirs(request.staging_path, exist_ok=True)
+        found = os.lstat(request.staging_path)
+    except OSError as error:
+        raise Refused(f"the staging path {request.staging_path} cannot be used: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise Refused(f"the staging path {request.staging_path} is not a directory")
+
+
+def _note_raw_use(store: Store, volume: VolumeRecord, attachment: Attachment) -> None:
+    """Write down, before a pod can write, that anything may be on the device from now on."""
+    content = store.content(volume)
+    if not attachment.readonly and (content is None or content.state != "raw"):
+        store.put_content(volume, Content(state="raw"))
+
+
+def _ensure_mounted(
+    store: Store, volume: VolumeRecord, attachment: Attachment, device: LoopDevice, request: StageRequest
+) -> None:
+    mounted = mounts.at(request.staging_path)
+    if mounted:
+        if mounted.major_minor != device.major_minor:
+            raise Refused(f"{mounted.source} is mounted at the staging path {request.staging_path}")
+        return
+    _ensure_filesystem(store, volume, device)
+    filesystem.repair(device.path, volume.filesystem, timeout_s=FSCK_TIMEOUT_S)
+    filesystem.grow_unmounted(device.path, volume.filesystem)
+    options = [*request.mount_options, *filesystem.default_mount_options(volume.filesystem)]
+    if attachment.readonly:
+        # the journal of a snapshot may be dirty: replayed first, because a read-only device cannot be
+        filesystem.replay_journal(device.path, volume.filesystem, request.staging_path)
+        device = loop.set_read_only(device)
+        options.append("ro")
+    mounts.mount(device.path, request.staging_path, fstype=volume.filesystem, options=options)
+    if not attachment.readonly and filesystem.needs_growth(device.path, volume.filesystem, request.staging_path):
+        filesystem.grow(device.path, volume.filesystem, request.staging_path)
+
+
+def _ensure_filesystem(store: Store, volume: VolumeRecord, device: LoopDevice) -> None:
+    """Make the file system if nothing was ever written but by our own mkfs, else check that it is there.
+
+    The note `formatting` comes before the first byte of mkfs and `formatted` before the first mount: a volume found
+    `formatting` holds nothing of anybody's.
+
+    Raises:
+        Refused: the device holds something else than the records say; it is never formatted then.
+    """
+    content = store.content(volume)
+    if content is None or content.state == "formatting":
+        if content is None:
+            if not filesystem.is_blank(device.path):
+                raise Refused(f"volume {volume.id} was never formatted and its device is not blank: not touching it")
+            store.put_content(volume, Content(state="formatting", filesystem=volume.filesystem))
+        filesystem.make(device.path, volume.filesystem, options=volume.mkfs_options, timeout_s=MKFS_TIMEOUT_S)
+        store.put_content(volume, Content(state="formatted", filesystem=volume.filesystem))
+        return
+    found = filesystem.probe(device.path)
+    if found != volume.filesystem:
+        raise Refused(
+            f"volume {volume.id} should hold {volume.filesystem}, its device holds {found or 'nothing known'}"
+        )
+    if content.state != "formatted":
+        store.put_content(volume, Content(state="formatted", filesystem=volume.filesystem))
+
+
+def _publish_source(device: LoopDevice, request: PublishRequest) -> str:
+    """Give what is bound to the target: the device node, or the staging path if our file system is mounted there."""
+    if request.access_type == "block":
+        return device.path
+    mounted = mounts.at(request.staging_path)
+    if mounted is None or mounted.major_minor != device.major_minor:
+        raise Refused(f"volume {request.volume_id} is not staged at {request.staging_path}")
+    return request.staging_path
+
+
+def _block_targets(device: LoopDevice) -> list[str]:
+    """Give the targets where a device node is bound: mounts of /dev's file system whose root is the node."""
+    name = f"/{device.name}"
+    return [m.target for m in mounts.table() if m.fstype in {"devtmpfs", "tmpfs"} and m.root == name]
+
+
+def _targets(device: LoopDevice) -> list[str]:
+    """Give all places where a device, or the file system on it, is mounted."""
+    return [mounted.target for mounted in mounts.of_device(device.major_minor)] + _block_targets(device)
+
+
+def _is_published(device: LoopDevice, target_path: str, *, readonly: bool) -> bool:
+    """Say whether a target has this volume already.
+
+    Raises:
+        Refused: it has something else.
+        AlreadyExists: it has it with another readonly.
+    """
+    mounted = mounts.at(target_path)
+    if mounted is None:
+        return False
+    if target_path not in _targets(device):
+        raise Refused(f"{mounted.source} is mounted at the target path {target_path}")
+    if ("ro" in mounted.options) != readonly:
+        raise AlreadyExists(f"the volume is published at {target_path} with readonly={not readonly}")
+    return True
+
+
+def _check_single_writer(device: LoopDevice, request: PublishRequest) -> None:
+    """Check that a SINGLE_NODE_SINGLE_WRITER volume has no other target.
+
+    Raises:
+        Refused: it has one.
+    """
+    others = set(_targets(device)) - {request.staging_path, request.target_path}
+    if request.single_writer and others:
+        raise Refused(f"volume {request.volume_id} has a single writer and is published at {sorted(others)[0]}")
+
+
+def _make_target(request: PublishRequest) -> None:
+    """Make the target: a directory for a mount volume, an empty file for a block volume.
+
+    Raises:
+        Refused: something of another kind is there.
+    """
+    wants_file = request.access_type == "block"
+    target = Path(request.target_path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if wants_file:
+            target.touch(mode=0o600)
+        else:
+            target.mkdir(mode=0o750, exist_ok=True)
+        mode = os.lstat(target).st_mode
+    except OSError as error:
+        raise Refused(f"the target path {target} cannot be made: {error.strerror}") from error
+    if not (stat.S_ISREG(mode) if wants_file else stat.S_ISDIR(mode)):
+        raise Refused(f"the target path {target} is not a {'file' if wants_file else 'directory'}")
+
+
+def _remove_target(target_path: str) -> None:
+    """Remove an unmounted target.
+
+    Raises:
+        Refused: the directory is not empty, so it is none of ours.
+    """
+    try:
+        mode = os.lstat(target_path).st_mode
+        if stat.S_ISDIR(mode):
+            os.rmdir(target_path)
+        else:
+            os.unlink(target_path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Refused(f"the target path {target_path} cannot be removed: {error.strerror}") from error
+
+
+def _device_at(device: LoopDevice | None, volume_id: str, volume_path: str) -> LoopDevice:
+    """Check that a volume is staged or published at a path.
+
+    Raises:
+        NotFound: it is not.
+    """
+    if device is None:
+        raise NotFound(f"volume {volume_id} is not staged here")
+    if volume_path not in _targets(device):
+        raise NotFound(f"volume {volume_id} is not at {volume_path}")
+    return device
+
+
+def _grow_mounted(volume: VolumeRecord, device: LoopDevice, volume_path: str) -> None:
+    mounted = mounts.at(volume_path)
+    if mounted and filesystem.needs_growth(device.path, volume.filesystem, volume_path):
+        filesystem.grow(device.path, volume.filesystem, volume_path)

@@ -1,0 +1,399 @@
+"""What the controller does with volumes: create, delete, attach, detach, expand, list.
+
+A volume's life:   (nothing) -> creating -> ready <-> ready with attachments -> deleting -> (nothing)
+
+`creating` is written before anything else exists and names it all, so that a retry goes on where a crash ended and a
+delete knows what to undo. An error that is final for the CSI sidecars leaves nothing behind; a transient one leaves
+the intent for the retry.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from csi_quobyte.engine import layers, removal
+from csi_quobyte.engine.layers import ready_volume
+from csi_quobyte.engine.removal import Release
+from csi_quobyte.errors import (
+    AlreadyExists,
+    Busy,
+    Corrupt,
+    DriverError,
+    Exhausted,
+    NotFound,
+    OutOfRange,
+    Refused,
+    Unavailable,
+)
+from csi_quobyte.operations.capacity import Provisioned, check_fits
+from csi_quobyte.pool import records
+from csi_quobyte.pool.chain import chain_of
+from csi_quobyte.pool.records import (
+    AccessType,
+    Attachment,
+    Content,
+    DataPath,
+    ImageFormat,
+    LayerState,
+    Preallocation,
+    SnapshotState,
+    Source,
+    VolumeRecord,
+    VolumeState,
+    child_marker,
+    volume_marker,
+)
+from csi_quobyte.pool.sizes import GRANULARITY_BYTES, SizeRange
+from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
+
+_FINAL = (Exhausted, NotFound, OutOfRange, Refused, Corrupt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateRequest:
+    """A checked CreateVolume request. `minimum_bytes` is what the file system needs at least."""
+
+    name: str
+    size: SizeRange
+    image_format: ImageFormat
+    preallocation: Preallocation
+    data_path: DataPath
+    access_type: AccessType
+    filesystem: str
+    mkfs_options: tuple[str, ...]
+    source: Source | None
+    minimum_bytes: int = GRANULARITY_BYTES
+    kubernetes: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachRequest:
+    """A checked ControllerPublishVolume request; `access_mode` is the CSI name such as SINGLE_NODE_WRITER."""
+
+    volume_id: str
+    node: str
+    readonly: bool
+    access_mode: str
+    access_type: AccessType
+    filesystem: str
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What a new volume lies on: nothing (parent None), or a layer; `freeze` when that still is a volume's head."""
+
+    parent: str | None
+    source_next: str | None
+    size_bytes: int
+    content: Content | None
+
+
+# --- create ----------------------------------------------------------------------------------------------------
+
+
+def create(store: Store, request: CreateRequest, provisioned: Provisioned, release: Release) -> VolumeRecord:
+    """Make the volume of a CSI name, or give the one that is there; durable and ready on return.
+
+    Raises:
+        AlreadyExists: the name is taken by a volume made with other parameters.
+        NotFound, Refused, OutOfRange: the source is missing, in the wrong state, attached, or larger than asked.
+        Exhausted: no space; nothing is left behind.
+        Busy: another operation on this name or on the source is running.
+    """
+    volume_id = records.volume_id(store.prefix, request.name)
+    with _locked(store, volume_id, request.source):
+        volume = store.find_volume(volume_id)
+        if volume and volume.state is VolumeState.DELETING:
+            with _also_locked(store, volume, request.source):
+                release(removal.remove_volume(store, volume))
+            volume = None
+        if volume is None:
+            volume = _write_intent(store, volume_id, request, provisioned)
+        else:
+            check_same_request(volume, request)
+        if volume.state is VolumeState.READY:
+            return volume
+        try:
+            ready = _finish(store, volume)
+        except _FINAL:
+            # final for the sidecars: they forget the volume, so nothing of it may stay
+            release(removal.remove_volume(store, store.volume(volume_id)))
+            raise
+        provisioned.add(store, ready.size_bytes)
+        return ready
+
+
+@contextmanager
+def _locked(store: Store, volume_id: str, source: Source | None) -> Iterator[None]:
+    """Hold the volume's lock, and the source volume's: a clone freezes it."""
+    with ExitStack() as stack:
+        stack.enter_context(store.lock(volume_id))
+        if source and source.kind == "volume" and source.id != volume_id:
+            stack.enter_context(store.lock(source.id))
+        yield
+
+
+def _also_locked(store: Store, volume: VolumeRecord, held: Source | None) -> AbstractContextManager[object]:
+    """Hold the lock of an unfinished clone's source, unless the caller holds it for the request already."""
+    stack = ExitStack()
+    if volume.source and volume.source.kind == "volume" and volume.unfinished and volume.source != held:
+        stack.enter_context(store.lock(volume.source.id))
+    return stack
+
+
+def _write_intent(store: Store, volume_id: str, request: CreateRequest, provisioned: Provisioned) -> VolumeRecord:
+    base = _find_base(store, request.source)
+    size_bytes = request.size.choose(source_bytes=base.size_bytes, minimum_bytes=request.minimum_bytes)
+    check_fits(store, provisioned, size_bytes, request.preallocation)
+    return store.create(
+        VolumeRecord(
+            id=volume_id,
+            uid=records.new_uid(),
+            name=request.name,
+            state=VolumeState.CREATING,
+            size_bytes=size_bytes,
+            head=records.new_layer_id(),
+            image_format=request.image_format,
+            preallocation=request.preallocation,
+            data_path=request.data_path,
+            access_type=request.access_type,
+            filesystem=request.filesystem,
+            mkfs_options=request.mkfs_options,
+            created_at=records.now(),
+            source=request.source,
+            parent=base.parent,
+            source_next=base.source_next,
+            inherited_content=base.content,
+            kubernetes=request.kubernetes,
+        )
+    )
+
+
+def _find_base(store: Store, source: Source | None) -> _Base:
+    """Judge the source and say what the new volume lies on.
+
+    Raises:
+        NotFound: the source does not exist, or is not ready.
+        Refused: the source volume is attached.
+    """
+    if source is None:
+        return _Base(None, None, 0, None)
+    if source.kind == "snapshot":
+        snapshot = store.snapshot(source.id)
+        if snapshot.state is SnapshotState.CREATING:
+            raise Unavailable(f"snapshot {source.id} is not ready yet")
+        if snapshot.state is SnapshotState.DELETING:
+            raise NotFound(f"snapshot {source.id} is being deleted")
+        layers.check_depth(store, snapshot.layer)
+        return _Base(snapshot.layer, None, snapshot.size_bytes, snapshot.content)
+    volume = layers.detached_volume(store, source.id, to_be="cloned")
+    content = store.content(volume)
+    if parent := layers.untouched_parent(store, volume):
+        return _Base(parent.id, None, volume.size_bytes, content)
+    layers.check_depth(store, volume.head)
+    return _Base(volume.head, records.new_layer_id(), volume.size_bytes, content)
+
+
+def _finish(store: Store, volume: VolumeRecord) -> VolumeRecord:
+    """Do what the intent says, as far as it is not done, and make the volume ready."""
+    marker = volume_marker(volume)
+    if volume.parent is None:
+        layers.make_base(
+            store,
+            volume.head,
+            marker,
+            image_format=volume.image_format,
+            size_bytes=volume.size_bytes,
+            preallocation=volume.preallocation,
+        )
+    else:
+        store.mark(volume.parent, child_marker(volume.head))
+        parent = store.layer(_frozen_parent(store, volume, volume.parent))
+        layers.make_overlay(store, volume.head, marker, parent=parent, size_bytes=volume.size_bytes)
+    done = replace(volume, state=VolumeState.READY, unfinished=False, parent=None, source_next=None)
+    return store.swap(volume, done)
+
+
+def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
+    """Check, after the marker was made, that the source still is what the intent saw; freeze it if it is a head.
+
+    The marker comes first: either it was made while the source's own reference was there, and the layer stays, or
+    the source is seen to be gone here.
+    """
+    source = volume.source
+    if source and source.kind == "snapshot":
+        snapshot = store.find_snapshot(source.id)
+        if snapshot is None or snapshot.state is not SnapshotState.READY or snapshot.layer != parent_id:
+            raise NotFound(f"snapshot {source.id} was deleted meanwhile")
+    elif source and volume.source_next and store.layer(parent_id).state is LayerState.HEAD:
+        cloned = ready_volume(store, source.id)
+        if cloned.head not in {parent_id, volume.source_next}:
+            raise NotFound(f"volume {source.id} was made anew meanwhile")
+        layers.freeze(store, cloned, volume.source_next)
+    if store.layer(parent_id).state is not LayerState.FROZEN:
+        raise Busy(f"the source of volume {volume.id} is being changed")
+    return parent_id
+
+
+def check_same_request(volume: VolumeRecord, request: CreateRequest) -> None:
+    """Check that a volume is what a request of its name asks for.
+
+    Raises:
+        AlreadyExists: something differs; the message names all of it.
+    """
+    pairs = {
+        "volumeFormat": (volume.image_format, request.image_format),
+        "preallocation": (volume.preallocation, request.preallocation),
+        "dataPath": (volume.data_path, request.data_path),
+        "access type": (volume.access_type, request.access_type),
+        "file system": (volume.filesystem, request.filesystem),
+        "mkfsOptions": (" ".join(volume.mkfs_options), " ".join(request.mkfs_options)),
+        "source": (volume.source, request.source),
+    }
+    differing = [f"{what} is {has}, asked for {wants}" for what, (has, wants) in pairs.items() if has != wants]
+    if not request.size.accepts(volume.size_bytes):
+        differing.append(f"size is {volume.size_bytes} bytes, which is outside the range asked for")
+    if differing:
+        raise AlreadyExists(f"volume {volume.name!r} exists: {'; '.join(differing)}")
+
+
+# --- delete ----------------------------------------------------------------------------------------------------
+
+
+def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Release) -> None:
+    """Delete a volume; gone already is success. Its layers are left to the collector through `release`.
+
+    Snapshots and clones made from it stay whole: their own markers keep the layers that they need.
+
+    Raises:
+        Refused: it is attached.
+    """
+    with store.lock(volume_id):
+        try:
+            volume = store.find_volume(volume_id)
+        except Corrupt as error:
+            # a damaged object can always be deleted; what it referred to is found by the collector
+            log.error("deleting a volume whose record cannot be read: %s", error)
+            store.remove_damaged("volumes", volume_id)
+            release(None)
+            return
+        if volume is None:
+            return
+        if volume.attachments:
+            raise Refused(f"volume {volume_id} is published to node {volume.attachments[0].node}")
+        with _also_locked(store, volume, None):
+            release(removal.remove_volume(store, volume))
+        provisioned.add(store, -volume.size_bytes)
+
+
+# --- attach ----------------------------------------------------------------------------------------------------
+
+
+def attach(store: Store, request: AttachRequest) -> Attachment:
+    """Give a node the right to open a volume, with a new generation; the same again gives the same.
+
+    Raises:
+        NotFound: no such volume or node.
+        AlreadyExists: attached to this node in another way.
+        Refused: attached to another node.
+        InvalidArgument: see `check_capability`.
+    """
+    with store.lock(request.volume_id):
+        volume = ready_volume(store, request.volume_id)
+        if store.find_node(request.node) is None:
+            raise NotFound(f"node {request.node!r} is not known in this pool: is the node plugin running there?")
+        check_capability(volume, request.access_type, request.filesystem)
+        if volume.attachments:
+            return _same_attachment(volume, volume.attachments[0], request)
+        chain = chain_of(volume.head, store.find_layer)
+        generation = volume.attach_generation + 1
+        made = Attachment(
+            node=request.node,
+            generation=generation,
+            readonly=request.readonly,
+            access_mode=request.access_mode,
+            opened=tuple(layer.id for layer in chain),
+        )
+        store.swap(volume, replace(volume, attach_generation=generation, attachments=(made,)))
+        return made
+
+
+def _same_attachment(volume: VolumeRecord, present: Attachment, request: AttachRequest) -> Attachment:
+    if present.node != request.node:
+        raise Refused(f"volume {volume.id} is published to node {present.node}")
+    if (present.readonly, present.access_mode) != (request.readonly, request.access_mode):
+        raise AlreadyExists(
+            f"volume {volume.id} is published to node {present.node} with readonly={present.readonly} and access mode "
+            f"{present.access_mode}"
+        )
+    return present
+
+
+def check_capability(volume: VolumeRecord, access_type: AccessType, filesystem: str) -> None:
+    """Check that a volume can be used in the way that a capability says.
+
+    Raises:
+        Refused: it was made for another access type or file system.
+    """
+    if access_type != volume.access_type:
+        raise Refused(f"volume {volume.id} was made for access type {volume.access_type}, not {access_type}")
+    if filesystem and filesystem != volume.filesystem:
+        raise Refused(f"volume {volume.id} has file system {volume.filesystem}, not {filesystem}")
+
+
+def detach(store: Store, volume_id: str, node: str) -> None:
+    """Take a node's right to open a volume away (every node's when `node` is empty); done before is success."""
+    with store.lock(volume_id):
+        volume = store.find_volume(volume_id)
+        if volume is None:
+            return
+        remaining = tuple(present for present in volume.attachments if node and present.node != node)
+        if remaining != volume.attachments:
+            store.swap(volume, replace(volume, attachments=remaining))
+
+
+# --- expand ----------------------------------------------------------------------------------------------------
+
+
+def expand(store: Store, volume_id: str, size: SizeRange, provisioned: Provisioned) -> VolumeRecord:
+    """Set a volume's size in its record: the node makes it so, now or at the next stage. Never shrinks.
+
+    Raises:
+        OutOfRange: the volume is larger than the limit.
+        Exhausted: the pool cannot take that much more.
+    """
+    with store.lock(volume_id):
+        volume = ready_volume(store, volume_id)
+        wanted = max(volume.size_bytes, size.choose())
+        if size.limit_bytes and wanted > size.limit_bytes:
+            raise OutOfRange(f"volume {volume_id} has {wanted} bytes, which is above the limit of {size.limit_bytes}")
+        if wanted > volume.size_bytes:
+            more = wanted - volume.size_bytes
+            check_fits(store, provisioned, more, "off")
+            volume = store.swap(volume, replace(volume, size_bytes=wanted))
+            provisioned.add(store, more)
+        return volume
+
+
+# --- read ------------------------------------------------------------------------------------------------------
+
+
+def list_page(store: Store, *, after: str, at_most: int) -> list[VolumeRecord]:
+    """Give up to `at_most` ready volumes with ids above `after`, ascending. Damaged records are logged and skipped."""
+    found: list[VolumeRecord] = []
+    for volume_id in store.volume_ids(after=after):
+        try:
+            volume = store.find_volume(volume_id)
+        except DriverError as error:
+            if not isinstance(error, Corrupt):
+                raise
+            log.error("left out of the list: %s", error)
+            continue
+        if volume and volume.state is VolumeState.READY:
+            found.append(volume)
+            if len(found) == at_most:
+                break
+    return found

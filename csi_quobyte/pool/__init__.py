@@ -1,0 +1,1 @@
+"""What is on a mounted Quobyte volume: records, layers, locks, capacity."""

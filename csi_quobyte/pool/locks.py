@@ -1,0 +1,72 @@
+"""Locks on names of a pool, held across threads and processes.
+
+One file, `lock`, carries all of them: the lock of a name is an open-file-description lock on the byte whose offset is
+a hash of the name. There is nothing to create or to clean up, and the kernel frees a dead process's locks.
+
+These locks keep processes *of one mount* apart (between hosts only where the client forwards them). They make
+conflicts rare and retries cheap; what keeps data right without them is compare-and-set and the markers.
+"""
+
+import fcntl
+import hashlib
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from csi_quobyte.errors import Busy
+from csi_quobyte.pool.steps import translated
+
+# Linux's <fcntl.h>; Python names F_OFD_SETLK from 3.9 on, but not on every libc.
+_F_OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
+_OFFSETS = 1 << 62
+
+
+def _flock(kind: int, name: str) -> bytes:
+    """Give a struct flock for the one byte that stands for `name`."""
+    offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % _OFFSETS
+    return struct.pack("hhqqixxxx", kind, os.SEEK_SET, offset, 1, 0)
+
+
+def try_lock(fd: int, name: str) -> bool:
+    """Lock the byte of `name` on an open lock file; False when another open file holds it. Closing `fd` unlocks."""
+    try:
+        fcntl.fcntl(fd, _F_OFD_SETLK, _flock(fcntl.F_WRLCK, name))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+class Locks:
+    """The named locks of one pool, as one process takes them."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._held: set[str] = set()
+        self._guard = threading.Lock()
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Hold the lock of `name` inside the block; never waits.
+
+        Raises:
+            Busy: another thread or process has it.
+        """
+        with self._guard:
+            if name in self._held:
+                raise Busy(f"another operation on {name} is running")
+            self._held.add(name)
+        try:
+            with translated(self._path):
+                fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                with translated(self._path):
+                    if not try_lock(fd, name):
+                        raise Busy(f"another process is working on {name}")
+                yield
+            finally:
+                os.close(fd)
+        finally:
+            with self._guard:
+                self._held.discard(name)

@@ -1,0 +1,364 @@
+"""The records of format 1 and their JSON form. Pure: knows no path and does no I/O.
+
+A record is one JSON object in one file. Every write of it raises `generation` by one and draws a new `nonce`;
+the pair is the record's version and what compare-and-set compares. docs/format.md is the exact page.
+
+    volume --head--> layer --parent--> layer --parent--> layer (base)
+    snapshot --layer------------------^
+
+Always true: an object's `uid` is new each time a name is used, so that nothing made for a deleted object of the
+same name (a marker, a half-done write) can be taken for the new one's.
+"""
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Literal, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from csi_quobyte.errors import Corrupt
+
+FORMAT = 1
+KNOWN_REQUIRED_FEATURES: frozenset[str] = frozenset()
+
+ImageFormat = Literal["qcow2", "raw"]
+Preallocation = Literal["off", "metadata", "falloc"]
+DataPath = Literal["auto", "nbd", "fuse", "loop"]
+AccessType = Literal["mount", "block"]
+
+_RECORD_ID = re.compile(r"([0-9a-f]{8})-(vol|snap)-([0-9a-f]{32})")
+_LAYER_ID = re.compile(r"[0-9a-f]{24}")
+
+
+class VolumeState(StrEnum):
+    """`creating` is an intent: it names what is being made, before anything of it exists."""
+
+    CREATING = "creating"
+    READY = "ready"
+    DELETING = "deleting"
+
+
+class SnapshotState(StrEnum):
+    """Only a `ready` snapshot may be a source."""
+
+    CREATING = "creating"
+    READY = "ready"
+    DELETING = "deleting"
+
+
+class LayerState(StrEnum):
+    """head: may be written by its volume's daemon; frozen: never changes; retired: condemned, its file may be gone.
+
+    `merging` is reserved for merges, which format 1 allows and this version does not do.
+    """
+
+    HEAD = "head"
+    FROZEN = "frozen"
+    MERGING = "merging"
+    RETIRED = "retired"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a volume was made from."""
+
+    kind: Literal["snapshot", "volume"]
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What is known to have been written to a volume's device.
+
+    formatting: our mkfs was started and nothing else ever wrote; formatted: holds `filesystem`;
+    raw: given to a pod as a block device, so anything may be there.
+    """
+
+    state: Literal["formatting", "formatted", "raw"]
+    filesystem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attachment:
+    """One node's right to open a volume. A stage that does not bring this `generation` is refused."""
+
+    node: str
+    generation: int
+    readonly: bool
+    access_mode: str
+    opened: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeRecord:
+    """A volume.
+
+    `unfinished` is true until it was ready once, also while it is being deleted: then `parent` and `source_next` say
+    what its head was to lie on and what the source volume's new head was to be.
+    """
+
+    id: str
+    uid: str
+    name: str
+    state: VolumeState
+    size_bytes: int
+    head: str
+    image_format: ImageFormat
+    preallocation: Preallocation
+    data_path: DataPath
+    access_type: AccessType
+    filesystem: str
+    mkfs_options: tuple[str, ...]
+    created_at: datetime
+    unfinished: bool = True
+    source: Source | None = None
+    parent: str | None = None
+    source_next: str | None = None
+    inherited_content: Content | None = None
+    attach_generation: int = 0
+    attachments: tuple[Attachment, ...] = ()
+    kubernetes: dict[str, str] = field(default_factory=dict)
+    kind: Literal["volume"] = "volume"
+    generation: int = 0
+    nonce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotRecord:
+    """A snapshot: a reference to a frozen layer. `next` is the head that the source volume gets by the freeze.
+
+    `next` is None when the source's head was an overlay that nothing was ever written to: then `layer` is the
+    frozen layer below it and nothing has to be frozen. `unfinished` is true until it was ready once.
+    """
+
+    id: str
+    uid: str
+    name: str
+    state: SnapshotState
+    source_volume: str
+    layer: str
+    next: str | None
+    size_bytes: int
+    content: Content | None
+    created_at: datetime
+    unfinished: bool = True
+    kubernetes: dict[str, str] = field(default_factory=dict)
+    kind: Literal["snapshot"] = "snapshot"
+    generation: int = 0
+    nonce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """One image file. `size_bytes` is its virtual size when it was made (a head may have grown since)."""
+
+    id: str
+    file: str
+    format: ImageFormat
+    size_bytes: int
+    parent: str | None
+    state: LayerState
+    kind: Literal["layer"] = "layer"
+    generation: int = 0
+    nonce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRecord:
+    """A node plugin that has this pool mounted; written by that node alone."""
+
+    id: str
+    driver_version: str
+    started_at: datetime
+    kind: Literal["node"] = "node"
+    generation: int = 0
+    nonce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Who owns every file of a pool."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modes:
+    """Permission bits of every file and directory of a pool, as octal text such as "0600"."""
+
+    file: str = "0600"
+    directory: str = "0700"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSettings:
+    """What an administrator may change in format.json; names as in the file (row S25)."""
+
+    reservedPercentage: int = 0  # noqa: N815 - the name in the file
+    maxOverSubscription: float = 20.0  # noqa: N815
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolFormat:
+    """format.json: what a reader must understand before it touches anything else."""
+
+    format: int
+    uuid: str
+    required_features: tuple[str, ...]
+    optional_features: tuple[str, ...]
+    owner: Owner
+    modes: Modes
+    settings: PoolSettings
+
+    @property
+    def prefix(self) -> str:
+        """The first eight hex digits of the uuid: the part of every record id that names the pool."""
+        return self.uuid[:8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versioned:
+    """The part that all records share: their version."""
+
+    generation: int
+    nonce: str
+
+
+Record = VolumeRecord | SnapshotRecord | LayerRecord | NodeRecord
+R = TypeVar("R", VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord)
+D = TypeVar("D")
+
+_ADAPTERS: dict[type, TypeAdapter[object]] = {
+    kind: TypeAdapter(kind)
+    for kind in (VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord, PoolFormat, Content, Versioned)
+}
+
+
+def encode(value: object) -> bytes:
+    """Give the JSON form of a record, `PoolFormat` or `Content`: one indented object and a final newline."""
+    return _ADAPTERS[type(value)].dump_json(value, indent=1) + b"\n"
+
+
+def decode(kind: type[D], data: bytes, *, where: str) -> D:
+    """Read the JSON form of a `kind`. Unknown fields are ignored; a missing or mistyped one is an error.
+
+    Raises:
+        Corrupt: `data` is not a complete record of this kind; `where` (a path) is named in the message.
+    """
+    try:
+        value = _ADAPTERS[kind].validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the object"
+        raise Corrupt(f"{where} is not a {kind.__name__}: {place}: {first['msg']}") from error
+    return value  # type: ignore[return-value]
+
+
+def next_version(record: R, *, of: R | None = None) -> R:
+    """Give `record` the version that follows `of` (or the first one)."""
+    generation = of.generation + 1 if of else 1
+    return replace(record, generation=generation, nonce=secrets.token_hex(4))
+
+
+def same_version(one: Record, other: Record) -> bool:
+    """Say whether two readings of a file are the same write of it."""
+    return (one.generation, one.nonce) == (other.generation, other.nonce)
+
+
+def now() -> datetime:
+    """The time for records: UTC, whole microseconds."""
+    return datetime.now(UTC)
+
+
+# --- ids -------------------------------------------------------------------------------------------------------
+
+
+class RecordId(NamedTuple):
+    """The parts of a volume or snapshot id."""
+
+    pool: str
+    kind: Literal["vol", "snap"]
+    digest: str
+
+
+def parse_id(text: str) -> RecordId | None:
+    """Take a volume or snapshot id apart; None when it cannot be one of ours, so that nothing of this id exists."""
+    found = _RECORD_ID.fullmatch(text)
+    return RecordId(found[1], found[2], found[3]) if found else None  # type: ignore[arg-type]
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def volume_id(pool_prefix: str, name: str) -> str:
+    """The id of the volume that a CSI name stands for in a pool."""
+    return f"{pool_prefix}-vol-{_digest(name)}"
+
+
+def snapshot_id(pool_prefix: str, name: str) -> str:
+    """The id of the snapshot that a CSI name stands for in a pool."""
+    return f"{pool_prefix}-snap-{_digest(name)}"
+
+
+def node_digest(node_id: str) -> str:
+    """The file-name part of a node's record: node ids may hold characters that file names may not."""
+    return _digest(node_id)
+
+
+def new_uid() -> str:
+    """A fresh uid of a volume or snapshot: eight hex digits."""
+    return secrets.token_hex(4)
+
+
+def new_layer_id() -> str:
+    """A fresh layer id: 24 random hex digits, short enough for a QMP node name of 31 bytes with a prefix."""
+    return secrets.token_hex(12)
+
+
+def is_layer_id(text: str) -> bool:
+    """Say whether `text` has the form of a layer id."""
+    return _LAYER_ID.fullmatch(text) is not None
+
+
+# --- markers ---------------------------------------------------------------------------------------------------
+
+
+class Marker(NamedTuple):
+    """The parts of a marker: `id` is a layer id (c), or a volume (v) or snapshot (s) id whose incarnation is `uid`."""
+
+    kind: Literal["c", "v", "s"]
+    id: str
+    uid: str
+
+
+def child_marker(layer_id: str) -> str:
+    """The marker that a child layer puts into its parent's refs."""
+    return f"c-{layer_id}"
+
+
+def volume_marker(volume: VolumeRecord) -> str:
+    """The marker that a volume puts into its head's refs."""
+    return f"v-{volume.id}-{volume.uid}"
+
+
+def snapshot_marker(snapshot: SnapshotRecord) -> str:
+    """The marker that a snapshot puts into its layer's refs."""
+    return f"s-{snapshot.id}-{snapshot.uid}"
+
+
+def parse_marker(text: str) -> Marker | None:
+    """Take a marker apart; None when it is none of format 1 (such a marker keeps its layer for ever)."""
+    kind, _, rest = text.partition("-")
+    if kind == "c" and is_layer_id(rest):
+        return Marker("c", rest, "")
+    owner, _, uid = rest.rpartition("-")
+    parsed = parse_id(owner)
+    if parsed and len(uid) == 8 and {"v": "vol", "s": "snap"}.get(kind) == parsed.kind:
+        return Marker(kind, owner, uid)  # type: ignore[arg-type]
+    return None

@@ -1,0 +1,235 @@
+"""The durable steps that everything on a pool is made of, at one place.
+
+Each method is one step of docs/format.md: when it returns, its effect is on disk. Nothing else in the product
+writes, links, renames or removes a file of a pool. `observer` sees every step before it happens, which is how the
+crash tests number them; it never changes what a step does.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from csi_quobyte.errors import Busy, DriverError, Exhausted, OutOfRange, Refused, Unavailable
+
+Observer = Callable[[str, str], None]
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def translated(path: str) -> Iterator[None]:
+    """Turn an OSError of a file operation on `path` into the error class that says what a caller may do about it.
+
+    FileExistsError and FileNotFoundError pass: their meaning depends on the step.
+    """
+    try:
+        yield
+    except (FileExistsError, FileNotFoundError, DriverError):
+        raise
+    except OSError as error:
+        words = f"{path}: {error.strerror}"
+        if error.errno in _NO_SPACE:
+            raise Exhausted(f"no space left in the pool ({words})") from error
+        if error.errno == errno.EFBIG:
+            raise OutOfRange(f"the pool cannot hold a file of this size ({words})") from error
+        if error.errno in _NOT_ALLOWED:
+            raise Refused(f"this process may not do that in the pool; check owner and modes ({words})") from error
+        raise Unavailable(f"the pool does not answer properly ({words})") from error
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """What every file and directory of a pool belongs to; ids of -1 leave the creator's."""
+
+    uid: int
+    gid: int
+    file_mode: int
+    directory_mode: int
+
+
+class Steps:
+    """The durable file operations of one pool.
+
+    `temporary` is the directory for unfinished files; it is on the same mount, so that link(2) can publish them.
+    `token` starts the name of each of them: it tells whose they are (see store.Store).
+    """
+
+    def __init__(self, temporary: str, token: str, ownership: Ownership, observer: Observer | None = None) -> None:
+        self._temporary = temporary
+        self._token = token
+        self._ownership = ownership
+        self._observer = observer
+
+    def _note(self, step: str, path: str) -> None:
+        if self._observer:
+            self._observer(step, path)
+
+    def _own(self, fd: int, mode: int) -> None:
+        """Give an open file its mode, and its owner when this process (the root node plugin) is somebody else."""
+        os.fchmod(fd, mode)
+        status = os.fstat(fd)
+        wanted = (self._ownership.uid, self._ownership.gid)
+        if -1 not in wanted and (status.st_uid, status.st_gid) != wanted:
+            os.fchown(fd, *wanted)
+
+    # --- unfinished files --------------------------------------------------------------------------------------
+
+    def write_temporary(self, write: Callable[[int], None], *, reserve: Callable[[], str | None] | None = None) -> str:
+        """Make a complete, durable file under a temporary name and give its path. `write` fills the descriptor.
+
+        `reserve` finds a preallocated file to be used up when the pool has no space left, so that what frees space
+        (deleting is a record write) still works on a full pool.
+
+        Raises:
+            Exhausted: no space; the temporary is removed.
+        """
+        path = f"{self._temporary}/{self._token}.{secrets.token_hex(6)}"
+        self._note("write", path)
+        with translated(path):
+            try:
+                self._fill(path, write, os.O_CREAT | os.O_EXCL)
+            except OSError as error:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                spare = reserve() if error.errno in _NO_SPACE and reserve else None
+                if spare is None:
+                    raise
+                os.rename(spare, path)
+                self._fill(path, write, 0)
+        return path
+
+    def _fill(self, path: str, write: Callable[[int], None], flags: int) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, self._ownership.file_mode)
+        try:
+            if flags:
+                self._own(fd, self._ownership.file_mode)
+            write(fd)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def discard(self, path: str) -> None:
+        """Remove a file that means nothing any more (a temporary, a lost claim); not made durable."""
+        self._note("discard", path)
+        with translated(path), suppress(FileNotFoundError):
+            os.unlink(path)
+
+    # --- names -------------------------------------------------------------------------------------------------
+
+    def link(self, path: str, name: str, *, sync: bool = True) -> None:
+        """Give the file at `path` a second name that must not exist yet.
+
+        `sync=False` leaves it to a later `sync` of the same directory to make the name durable.
+
+        Raises:
+            FileExistsError: `name` is taken; nothing changed.
+        """
+        self._note("link", name)
+        with translated(name):
+            os.link(path, name)
+            if sync:
+                self.sync(os.path.dirname(name))
+
+    def rename(self, path: str, name: str) -> None:
+        """Move a name over another one, atomically and durably.
+
+        Raises:
+            FileNotFoundError: `path` is gone.
+        """
+        self._note("rename", name)
+        with translated(name):
+            os.rename(path, name)
+            self.sync(os.path.dirname(name))
+
+    def unlink(self, path: str) -> bool:
+        """Remove a name durably; False when it was gone already."""
+        self._note("unlink", path)
+        with translated(path):
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                return False
+            self.sync(os.path.dirname(path))
+            return True
+
+    # --- directories and markers -------------------------------------------------------------------------------
+
+    def make_directory(self, path: str, *, sync: bool = True) -> None:
+        """Make a directory; nothing happens when it is there."""
+        with translated(path):
+            try:
+                self._note("mkdir", path)
+                os.mkdir(path, self._ownership.directory_mode)
+            except FileExistsError:
+                return
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._own(fd, self._ownership.directory_mode)
+            finally:
+                os.close(fd)
+            if sync:
+                self.sync(os.path.dirname(path))
+
+    def remove_directory(self, path: str) -> bool:
+        """Remove an empty directory durably; False when it was gone already.
+
+        Raises:
+            Busy: something is in it; nothing changed.
+        """
+        self._note("rmdir", path)
+        with translated(path):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                    raise Busy(f"{path} is not empty") from error
+                raise
+            self.sync(os.path.dirname(path))
+            return True
+
+    def touch(self, path: str) -> None:
+        """Make an empty file that marks something; nothing happens when it is there.
+
+        Raises:
+            FileNotFoundError: its directory is gone.
+        """
+        self._note("touch", path)
+        with translated(path):
+            try:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._ownership.file_mode)
+            except FileExistsError:
+                return
+            try:
+                self._own(fd, self._ownership.file_mode)
+            finally:
+                os.close(fd)
+            self.sync(os.path.dirname(path))
+
+    def sync(self, directory: str) -> None:
+        """Make the names in a directory durable."""
+        with translated(directory):
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def write_all(fd: int, data: bytes, offset_bytes: int = 0) -> None:
+    """Write all of `data` at an offset; a short write (a pool that fills up) is continued until the error shows."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset_bytes)
+        view, offset_bytes = view[written:], offset_bytes + written
+
+
+def write_whole(fd: int, data: bytes) -> None:
+    """Make `data` the whole contents of a file, also of one that was longer."""
+    write_all(fd, data)
+    os.ftruncate(fd, len(data))

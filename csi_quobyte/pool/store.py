@@ -1,0 +1,694 @@
+"""The store: records, layers, markers and locks of one mounted pool. The only module that knows a path in it.
+
+    format.json  lock  tmp/  reserve/  nodes/<digest>.json
+    volumes/<2 hex>/<id>.json            and <id>.content.json (written by the node that has it attached)
+    snapshots/<2 hex>/<id>.json
+    layers/<2 hex>/<id>.json  <id>.<format>  <id>.refs/<marker>
+
+Always true, whatever dies (docs/format.md has the steps): a record is complete or absent; an image or a record is
+published by link(2) and never replaces another; a record changes by compare-and-set; `refs/` is removed only while
+empty, and from then on nothing can refer to the layer again.
+"""
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from typing import TypeVar
+
+from csi_quobyte.errors import Busy, Corrupt, NotFound, Refused, Unavailable
+from csi_quobyte.pool import records
+from csi_quobyte.pool.locks import Locks, try_lock
+from csi_quobyte.pool.records import (
+    Content,
+    LayerRecord,
+    Modes,
+    NodeRecord,
+    Owner,
+    PoolFormat,
+    PoolSettings,
+    R,
+    SnapshotRecord,
+    VolumeRecord,
+)
+from csi_quobyte.pool.steps import Observer, Ownership, Steps, translated, write_all, write_whole
+
+D = TypeVar("D")
+
+_SHARDED = ("volumes", "snapshots", "layers")
+_PLAIN = ("tmp", "reserve", "nodes")
+_RESERVE_FILES = 8
+_RESERVE_BYTES = 64 * 1024
+_RECORD_BYTES = 1 << 20
+_CLAIM_PATIENCE_S = 2.0
+
+
+def _read(path: str) -> bytes | None:
+    """Give the contents of a small file, None when it does not exist.
+
+    Raises:
+        Corrupt: it is larger than any record.
+    """
+    with translated(path):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            data = os.read(fd, _RECORD_BYTES)
+            if len(data) == _RECORD_BYTES:
+                raise Corrupt(f"{path} is larger than any record")
+            return data
+        finally:
+            os.close(fd)
+
+
+def _names(directory: str) -> list[str]:
+    """Give the names in a directory, sorted; none when it does not exist."""
+    with translated(directory):
+        try:
+            return sorted(os.listdir(directory))
+        except FileNotFoundError:
+            return []
+
+
+def read_format(root: str) -> PoolFormat:
+    """Read and judge a pool's format.json.
+
+    Raises:
+        NotFound: there is none.
+        Corrupt: it is damaged.
+        Refused: another format, or a required feature that this version does not know.
+    """
+    path = f"{root}/format.json"
+    data = _read(path)
+    if data is None:
+        raise NotFound(f"{root} is not a pool: it has no format.json (csi-quobyte pool init makes one)")
+    found = records.decode(PoolFormat, data, where=path)
+    if found.format != records.FORMAT:
+        raise Refused(f"{path} has format {found.format}, this version knows {records.FORMAT}")
+    if unknown := sorted(set(found.required_features) - records.KNOWN_REQUIRED_FEATURES):
+        raise Refused(f"{path} requires features that this version does not know: {', '.join(unknown)}")
+    return found
+
+
+def initialise(root: str, *, owner: Owner, modes: Modes) -> PoolFormat:
+    """Make the directory `root` a pool; give the format of the one that is there when it is one already.
+
+    format.json is published last: a run that dies earlier leaves only empty directories, and a second run goes on.
+
+    Raises:
+        Refused: the directory holds something else, or is a pool of another owner or other modes.
+    """
+    with suppress(NotFound):
+        found = read_format(root)
+        if (found.owner, found.modes) != (owner, modes):
+            raise Refused(f"{root} is a pool already, with {found.owner} and {found.modes}")
+        return found
+    if foreign := set(_names(root)) - {*_SHARDED, *_PLAIN, "lock", "lost+found"}:
+        raise Refused(f"{root} is not empty and not a pool: it holds {', '.join(sorted(foreign)[:5])}")
+    made = PoolFormat(
+        format=records.FORMAT,
+        uuid=str(uuid.uuid4()),
+        required_features=(),
+        optional_features=(),
+        owner=owner,
+        modes=modes,
+        settings=PoolSettings(),
+    )
+    steps = Steps(f"{root}/tmp", "init", _ownership(made))
+    for name in (*_PLAIN, *_SHARDED):
+        steps.make_directory(f"{root}/{name}")
+    for name in _SHARDED:
+        for shard in range(256):
+            steps.make_directory(f"{root}/{name}/{shard:02x}", sync=False)
+        steps.sync(f"{root}/{name}")
+    _own_root(root, made)
+    steps.touch(f"{root}/lock")
+    temporary = steps.write_temporary(lambda fd: write_whole(fd, records.encode(made)))
+    try:
+        steps.link(temporary, f"{root}/format.json")
+    except FileExistsError as error:
+        raise Busy(f"{root} is being made a pool by somebody else") from error
+    finally:
+        steps.discard(temporary)
+    return made
+
+
+def _own_root(root: str, made: PoolFormat) -> None:
+    """Give the pool's top directory its owner: the unprivileged controller must be able to enter it."""
+    with translated(root):
+        status = os.stat(root)
+        if (status.st_uid, status.st_gid) != (made.owner.uid, made.owner.gid):
+            os.chown(root, made.owner.uid, made.owner.gid)
+
+
+def _ownership(pool: PoolFormat) -> Ownership:
+    return Ownership(pool.owner.uid, pool.owner.gid, int(pool.modes.file, 8), int(pool.modes.directory, 8))
+
+
+class Store:
+    """One open pool. All methods may be called from many threads; every one may raise Unavailable.
+
+    A store lives as long as the mount that it was opened on (`is_same_mount`); after a remount a new one is opened.
+    """
+
+    def __init__(self, root: str, *, observer: Observer | None = None) -> None:
+        """Open the pool at `root` (an absolute path).
+
+        Raises:
+            NotFound, Corrupt, Refused: see `read_format`.
+        """
+        self.root = root
+        self.format = read_format(root)
+        with translated(root):
+            self._device = os.stat(root).st_dev
+        self.locks = Locks(f"{root}/lock")
+        self._token = uuid.uuid4().hex[:16]
+        self._token_fd = self._lock_token()
+        self._steps = Steps(f"{root}/tmp", self._token, _ownership(self.format), observer)
+        self._claims_seen: dict[str, tuple[int, float]] = {}
+        self._claims_guard = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of the pool; what is still running keeps its own open files."""
+        os.close(self._token_fd)
+
+    def _lock_token(self) -> int:
+        """Hold the lock of this process's token as long as it lives: temporaries of a token without lock are stale."""
+        path = f"{self.root}/lock"
+        with translated(path):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if not try_lock(fd, self._token):
+            os.close(fd)
+            raise Unavailable(f"{path} gives no locks")
+        return fd
+
+    @property
+    def prefix(self) -> str:
+        """The part of every id that names this pool."""
+        return self.format.prefix
+
+    def is_same_mount(self) -> bool:
+        """Say whether `root` still is the mount that this store was opened on.
+
+        Raises:
+            Unavailable: the mount does not answer.
+        """
+        with translated(self.root):
+            try:
+                return os.stat(self.root).st_dev == self._device
+            except FileNotFoundError:
+                return False
+
+    def space(self) -> tuple[int, int]:
+        """Give the total and the available bytes of the mounted volume."""
+        with translated(self.root):
+            found = os.statvfs(self.root)
+        return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Hold the lock of a record id (or of a task such as "collector") in a with block.
+
+        Raises:
+            Busy: somebody else has it.
+        """
+        return self.locks.hold(name)
+
+    # --- paths -------------------------------------------------------------------------------------------------
+
+    def _record_path(self, folder: str, record_id: str) -> str:
+        shard = record_id.rpartition("-")[2][:2]
+        return f"{self.root}/{folder}/{shard}/{record_id}.json"
+
+    def _path_of(self, record: records.Record) -> str:
+        match record:
+            case VolumeRecord():
+                return self._record_path("volumes", record.id)
+            case SnapshotRecord():
+                return self._record_path("snapshots", record.id)
+            case LayerRecord():
+                return self._record_path("layers", record.id)
+            case NodeRecord():
+                return self._node_path(record.id)
+
+    def _node_path(self, node_id: str) -> str:
+        return f"{self.root}/nodes/{records.node_digest(node_id)}.json"
+
+    def _layer_file(self, layer_id: str, name: str) -> str:
+        return f"{self.root}/layers/{layer_id[:2]}/{name}"
+
+    def _refs(self, layer_id: str) -> str:
+        return self._layer_file(layer_id, f"{layer_id}.refs")
+
+    def image_path(self, layer: LayerRecord) -> str:
+        """The path of a layer's image file."""
+        return self._layer_file(layer.id, layer.file)
+
+    def backing_name(self, child_id: str, parent: LayerRecord) -> str:
+        """The backing string for an image: relative, for people and tools; nothing of ours follows it."""
+        if child_id[:2] == parent.id[:2]:
+            return parent.file
+        return f"../{parent.id[:2]}/{parent.file}"
+
+    # --- reading records ---------------------------------------------------------------------------------------
+
+    def _find(self, kind: type[D], path: str) -> D | None:
+        data = _read(path)
+        return None if data is None else records.decode(kind, data, where=path)
+
+    def find_volume(self, volume_id: str) -> VolumeRecord | None:
+        """Give a volume's record, None when there is none.
+
+        Raises:
+            Corrupt: it cannot be read.
+        """
+        return self._find(VolumeRecord, self._record_path("volumes", volume_id))
+
+    def find_snapshot(self, snapshot_id: str) -> SnapshotRecord | None:
+        """Give a snapshot's record, None when there is none."""
+        return self._find(SnapshotRecord, self._record_path("snapshots", snapshot_id))
+
+    def find_layer(self, layer_id: str) -> LayerRecord | None:
+        """Give a layer's record, None when there is none."""
+        return self._find(LayerRecord, self._record_path("layers", layer_id))
+
+    def find_node(self, node_id: str) -> NodeRecord | None:
+        """Give a node's record, None when it never had this pool."""
+        return self._find(NodeRecord, self._node_path(node_id))
+
+    def volume(self, volume_id: str) -> VolumeRecord:
+        """Give a volume's record.
+
+        Raises:
+            NotFound: there is none.
+            Corrupt: it cannot be read.
+        """
+        found = self.find_volume(volume_id)
+        if found is None:
+            raise NotFound(f"volume {volume_id} does not exist")
+        return found
+
+    def snapshot(self, snapshot_id: str) -> SnapshotRecord:
+        """Give a snapshot's record.
+
+        Raises:
+            NotFound: there is none.
+        """
+        found = self.find_snapshot(snapshot_id)
+        if found is None:
+            raise NotFound(f"snapshot {snapshot_id} does not exist")
+        return found
+
+    def layer(self, layer_id: str) -> LayerRecord:
+        """Give a layer's record; one that a record names must be there.
+
+        Raises:
+            Corrupt: it is missing or cannot be read.
+        """
+        found = self.find_layer(layer_id)
+        if found is None:
+            raise Corrupt(f"layer {layer_id} is named by a record and does not exist")
+        return found
+
+    def volume_ids(self, *, after: str = "") -> Iterator[str]:
+        """Give the ids of all volumes in ascending order, those above `after` only."""
+        return self._ids("volumes", after)
+
+    def snapshot_ids(self, *, after: str = "") -> Iterator[str]:
+        """Give the ids of all snapshots in ascending order, those above `after` only."""
+        return self._ids("snapshots", after)
+
+    def layer_ids(self) -> Iterator[str]:
+        """Give the ids of all layers that have a record, in ascending order."""
+        return self._ids("layers", "")
+
+    def node_ids(self) -> list[str]:
+        """Give the ids of all nodes that ever had this pool, sorted; damaged records raise Corrupt."""
+        directory = f"{self.root}/nodes"
+        found = (self._find(NodeRecord, f"{directory}/{name}") for name in _names(directory) if _is_record(name))
+        return sorted(node.id for node in found if node)
+
+    def _ids(self, folder: str, after: str) -> Iterator[str]:
+        """Walk the shards in order. The ids of one folder differ only after a common prefix, so this sorts them all."""
+        first = after.rpartition("-")[2][:2] if after else "00"
+        for shard in (f"{number:02x}" for number in range(256)):
+            if shard >= first:
+                for name in _names(f"{self.root}/{folder}/{shard}"):
+                    if _is_record(name) and (record_id := name.removesuffix(".json")) > after:
+                        yield record_id
+
+    # --- writing records ---------------------------------------------------------------------------------------
+
+    def create(self, record: R, *, sync: bool = True) -> R:
+        """Publish a new record; it is durable on return unless `sync` leaves that to the caller's next step there.
+
+        Raises:
+            Busy: somebody else made one of this id in the meantime.
+            Exhausted: no space; nothing is left.
+        """
+        path = self._path_of(record)
+        first = records.next_version(record)
+        temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(first)))
+        try:
+            self._steps.link(temporary, path, sync=sync)
+        except FileExistsError as error:
+            raise Busy(f"{record.id} was made by another operation at this moment") from error
+        finally:
+            self._steps.discard(temporary)
+        return first
+
+    def swap(self, old: R, new: R) -> R:
+        """Replace the record `old`, as it was read, by `new`: compare-and-set, durable on return.
+
+        The claim `<record>.g<n+1>` can be linked once only, so that among all writers of this generation, in any
+        process on any host, one gets on. Works on a full pool (it may use up a reserve file).
+
+        Raises:
+            Busy: the record is no longer what was read, or another writer is in the middle of it.
+        """
+        path = self._path_of(old)
+        following = records.next_version(new, of=old)
+        temporary = self._steps.write_temporary(
+            lambda fd: write_whole(fd, records.encode(following)), reserve=self._reserve_file
+        )
+        try:
+            claim = self._claim(temporary, path, old)
+        finally:
+            self._steps.discard(temporary)
+        try:
+            self._steps.rename(claim, path)
+        except FileNotFoundError as error:
+            raise Busy(f"{old.id}: this change was overtaken") from error
+        return following
+
+    def remove(self, record: records.Record) -> None:
+        """Remove a record, as it was read; gone already is success. Durable on return.
+
+        Takes the same claim as a change does: a late removal cannot hit a new record of the same id.
+
+        Raises:
+            Busy: the record is no longer what was read.
+        """
+        path = self._path_of(record)
+        if _read(path) is None:
+            return
+        claim = self._claim(path, path, record)
+        self._steps.unlink(path)
+        self._steps.discard(claim)
+
+    def _claim(self, content: str, path: str, old: records.Record) -> str:
+        """Link `content` to the one name that allows to change `old`, then compare; gives the claim's path."""
+        claim = f"{path}.g{old.generation + 1}"
+        try:
+            self._steps.link(content, claim, sync=False)
+        except FileExistsError as error:
+            self._resolve_claim(path, claim)
+            raise Busy(f"{old.id} is being changed by another operation") from error
+        except FileNotFoundError as error:
+            raise Busy(f"{old.id} was removed by another operation") from error
+        current = self._find(type(old), path)
+        if current is None or not records.same_version(current, old):
+            self._steps.discard(claim)
+            raise Busy(f"{old.id} was changed by another operation")
+        return claim
+
+    def _resolve_claim(self, path: str, claim: str) -> None:
+        """Finish or drop a claim whose writer died.
+
+        A living writer holds its claim for about a millisecond; one that is still the same file two seconds after
+        it was first met is a dead one's. Its contents are complete: it becomes the record if the record still is
+        the generation before it, and is dropped otherwise (also when it is the mark of an unfinished removal).
+        """
+        with translated(claim), suppress(FileNotFoundError):
+            inode = os.stat(claim).st_ino
+            with self._claims_guard:
+                seen_inode, since = self._claims_seen.setdefault(claim, (inode, time.monotonic()))
+                if seen_inode != inode:
+                    self._claims_seen[claim] = (inode, time.monotonic())
+                    return
+                if time.monotonic() - since < _CLAIM_PATIENCE_S:
+                    return
+                del self._claims_seen[claim]
+            self._finish_claim(path, claim)
+
+    def _finish_claim(self, path: str, claim: str) -> None:
+        number = int(claim.rpartition(".g")[2])
+        record, claimed = self._generation(path), self._generation(claim)
+        if record == number - 1 and claimed == number:
+            self._steps.rename(claim, path)
+        else:
+            self._steps.discard(claim)
+
+    def _generation(self, path: str) -> int | None:
+        data = _read(path)
+        if data is None:
+            return None
+        return records.decode(records.Versioned, data, where=path).generation
+
+    def remove_damaged(self, folder: str, record_id: str) -> None:
+        """Remove a record that cannot be read, at the explicit wish to delete it; its layers stay for the collector."""
+        path = self._record_path(folder, record_id)
+        directory, _, name = path.rpartition("/")
+        for other in _names(directory):
+            if other.startswith(f"{name}.g"):
+                # a claim of the damaged record must not become a change of a later record of this id
+                self._steps.discard(f"{directory}/{other}")
+        self._steps.unlink(path)
+
+    # --- images ------------------------------------------------------------------------------------------------
+
+    def publish_image(self, layer_id: str, file: str, write: Callable[[int], None]) -> None:
+        """Make a layer's image under a temporary name and publish it under `file`; an existing one is kept.
+
+        An existing file of this (random) id is an earlier attempt's of the same intent, and complete. The name
+        becomes durable with the layer's record, which is published in the same directory.
+
+        Raises:
+            Exhausted: no space; nothing is left.
+        """
+        path = self._layer_file(layer_id, file)
+        with translated(path):
+            if os.path.lexists(path):
+                return
+        temporary = self._steps.write_temporary(write)
+        try:
+            with suppress(FileExistsError):
+                self._steps.link(temporary, path, sync=False)
+        finally:
+            self._steps.discard(temporary)
+
+    def remove_image(self, layer_id: str, file: str) -> None:
+        """Remove a layer's image durably; gone already is success. Only after `condemn`, or for an undone intent."""
+        self._steps.unlink(self._layer_file(layer_id, file))
+
+    def read_image(self, layer: LayerRecord, offset_bytes: int, length_bytes: int) -> bytes:
+        """Give bytes of a layer's image file (not of the disk in it); fewer at its end.
+
+        Raises:
+            Corrupt: the file is missing.
+        """
+        path = self.image_path(layer)
+        with translated(path):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise Corrupt(f"layer {layer.id} has no image file {path}") from error
+            try:
+                return os.pread(fd, length_bytes, offset_bytes)
+            finally:
+                os.close(fd)
+
+    def image_bytes(self, layer: LayerRecord) -> tuple[int, int] | None:
+        """Give the length and the allocated bytes of a layer's image file, None when it is missing."""
+        path = self.image_path(layer)
+        with translated(path):
+            try:
+                found = os.stat(path)
+            except FileNotFoundError:
+                return None
+        return found.st_size, found.st_blocks * 512
+
+    # --- references --------------------------------------------------------------------------------------------
+
+    def make_refs(self, layer_id: str) -> None:
+        """Make a new layer's refs directory; it becomes durable with the layer's record. Before anything else of it."""
+        self._steps.make_directory(self._refs(layer_id), sync=False)
+
+    def mark(self, layer_id: str, marker: str) -> None:
+        """Refer to a layer, durably; done before is success.
+
+        Raises:
+            NotFound: the layer is condemned or gone: it can never be referred to again.
+        """
+        try:
+            self._steps.touch(f"{self._refs(layer_id)}/{marker}")
+        except FileNotFoundError as error:
+            raise NotFound(f"layer {layer_id} is gone") from error
+
+    def unmark(self, layer_id: str, marker: str) -> None:
+        """Take a reference back, durably; gone already is success."""
+        self._steps.unlink(f"{self._refs(layer_id)}/{marker}")
+
+    def markers(self, layer_id: str) -> list[str] | None:
+        """Give the markers of a layer, sorted; None when its refs directory is gone."""
+        directory = self._refs(layer_id)
+        with translated(directory):
+            try:
+                return sorted(os.listdir(directory))
+            except FileNotFoundError:
+                return None
+
+    def condemn(self, layer_id: str) -> bool:
+        """Remove a layer's empty refs directory: the atomic decision that nothing will ever refer to it.
+
+        False when it had been condemned (or never made) already.
+
+        Raises:
+            Busy: something refers to it.
+        """
+        return self._steps.remove_directory(self._refs(layer_id))
+
+    # --- what is on a volume's device --------------------------------------------------------------------------
+
+    def _content_path(self, volume: VolumeRecord) -> str:
+        return self._record_path("volumes", volume.id).removesuffix(".json") + f".content-{volume.uid}"
+
+    def content(self, volume: VolumeRecord) -> Content | None:
+        """Give what is known to be on a volume: the node's own word, else what it inherited; None = never written."""
+        return self._find(Content, self._content_path(volume)) or volume.inherited_content
+
+    def put_content(self, volume: VolumeRecord, content: Content) -> None:
+        """Write down what is on a volume. Only the node that has it attached does this, so a plain replace is right."""
+        temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(content)))
+        self._steps.rename(temporary, self._content_path(volume))
+
+    def remove_content(self, volume: VolumeRecord) -> None:
+        """Forget what was on a volume that is being deleted."""
+        self._steps.unlink(self._content_path(volume))
+
+    # --- nodes -------------------------------------------------------------------------------------------------
+
+    def put_node(self, node: NodeRecord) -> None:
+        """Write this node's record; only the node itself does, so a plain replace is right."""
+        following = replace(node, nonce=uuid.uuid4().hex[:8], generation=1)
+        temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(following)))
+        self._steps.rename(temporary, self._node_path(node.id))
+
+    # --- housekeeping ------------------------------------------------------------------------------------------
+
+    def _reserve_file(self) -> str | None:
+        found = _names(f"{self.root}/reserve")
+        return f"{self.root}/reserve/{found[0]}" if found else None
+
+    def replenish_reserve(self) -> None:
+        """Bring the number of reserve files back to eight.
+
+        Raises:
+            Exhausted: there is no space for that now.
+        """
+        missing = _RESERVE_FILES - len(_names(f"{self.root}/reserve"))
+        for _ in range(missing):
+            temporary = self._steps.write_temporary(lambda fd: write_all(fd, bytes(_RESERVE_BYTES)))
+            self._steps.rename(temporary, f"{self.root}/reserve/{uuid.uuid4().hex}")
+
+    def stray_files(self) -> list[tuple[str, str, str]]:
+        """Give (folder, shard, name) of every entry in the shards that is not a record's own file."""
+        found = []
+        for folder in _SHARDED:
+            for shard in (f"{number:02x}" for number in range(256)):
+                names = _names(f"{self.root}/{folder}/{shard}")
+                found += [(folder, shard, name) for name in names if not _is_record(name)]
+        return found
+
+    def stale_temporaries(self) -> list[str]:
+        """Give the temporary files whose process no longer lives (as far as this mount's locks tell)."""
+        directory = f"{self.root}/tmp"
+        stale = []
+        for name in _names(directory):
+            token = name.partition(".")[0]
+            if token != self._token and not self._token_is_held(token):
+                stale.append(f"{directory}/{name}")
+        return stale
+
+    def _token_is_held(self, token: str) -> bool:
+        path = f"{self.root}/lock"
+        with translated(path):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return not try_lock(fd, token)
+        finally:
+            os.close(fd)
+
+    def discard_temporary(self, path: str) -> None:
+        """Remove a stale temporary file. A writer that lives after all fails cleanly: its link finds nothing."""
+        self._steps.discard(path)
+
+    def prove_primitives(self) -> None:
+        """Try the file operations that everything rests on, in the directory for temporaries; leaves nothing.
+
+        Raises:
+            Refused: the mount does not do what format 1 needs; the message says which operation.
+        """
+        directory = f"{self.root}/tmp/{self._token}.doctor"
+        first = self._steps.write_temporary(lambda fd: write_whole(fd, b"1"))
+        second = self._steps.write_temporary(lambda fd: write_whole(fd, b"2"))
+        try:
+            self._steps.make_directory(directory)
+            self._steps.link(first, f"{directory}/name")
+            try:
+                self._steps.link(second, f"{directory}/name")
+            except FileExistsError:
+                pass
+            else:
+                raise Refused("link(2) replaced a file: changes of records would get lost")
+            try:
+                self._steps.remove_directory(directory)
+            except Busy:
+                pass
+            else:
+                raise Refused("rmdir(2) removed a directory that was not empty: layers in use would be removed")
+            self._steps.rename(second, f"{directory}/name")
+            if _read(f"{directory}/name") != b"2":
+                raise Refused("rename(2) did not replace a file")
+            if not self._token_is_held(self._token):
+                raise Refused("locks on open files do not exclude each other on this mount")
+        finally:
+            for path in (first, second, f"{directory}/name"):
+                self._steps.discard(path)
+            self._steps.remove_directory(directory)
+
+    def grow_raw_image(self, layer: LayerRecord, size_bytes: int) -> None:
+        """Make a raw head's file at least `size_bytes` long, sparse; never shorter. Durable on return.
+
+        Raises:
+            Corrupt: the file is missing.
+        """
+        path = self.image_path(layer)
+        with translated(path):
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise Corrupt(f"layer {layer.id} has no image file {path}") from error
+            try:
+                if os.fstat(fd).st_size < size_bytes:
+                    os.ftruncate(fd, size_bytes)
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def drop_claims(self, folder: str, shard: str, name: str) -> None:
+        """Look at a claim that was found lying about: finish or drop it once it is old enough to be a dead one's."""
+        directory = f"{self.root}/{folder}/{shard}"
+        self._resolve_claim(f"{directory}/{name.rpartition('.g')[0]}", f"{directory}/{name}")
+
+    def discard_stray(self, folder: str, shard: str, name: str) -> None:
+        """Remove a file in a shard that the caller has proved to belong to nothing."""
+        self._steps.unlink(f"{self.root}/{folder}/{shard}/{name}")
+
+
+def _is_record(name: str) -> bool:
+    return name.endswith(".json")
