@@ -12,7 +12,7 @@ import logging
 from dataclasses import replace
 
 from csi_quobyte.errors import Busy, Exhausted, NotFound, Refused, Unavailable
-from csi_quobyte.pool import images, qcow2
+from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import HARD_DEPTH, chain_of
 from csi_quobyte.pool.records import (
     ImageFormat,
@@ -137,14 +137,11 @@ def check_depth(store: Store, head: str) -> None:
 def untouched_parent(store: Store, volume: VolumeRecord) -> LayerRecord | None:
     """Give the frozen layer below a detached volume's head if nothing was ever written to that head, else None.
 
-    Then a snapshot or clone can refer to that layer, and the chain does not grow. An overlay is untouched when its
-    whole first-level table is zero; a detached volume's daemon has exited, so no newer table is in anybody's memory.
+    Then a snapshot or clone can refer to that layer, and the chain does not grow. A detached volume's daemon has
+    exited, so no newer mapping is in anybody's memory.
     """
     head = store.layer(volume.head)
-    if head.parent is None:
-        return None
-    offset_bytes, length_bytes = qcow2.l1_extent(images.read_header(store, head))
-    if not qcow2.l1_is_empty(store.read_image(head, offset_bytes, length_bytes)):
+    if head.parent is None or not images.is_untouched(store, head):
         return None
     parent = store.layer(head.parent)
     return parent if parent.state is LayerState.FROZEN else None

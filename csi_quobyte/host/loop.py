@@ -50,6 +50,7 @@ _LOOP_INFO64 = struct.Struct("=5Q4I64s64s32s2Q")
 _LOOP_CONFIG = struct.Struct(f"=2I{_LOOP_INFO64.size}s64x")
 # linux/fs.h
 _BLKROSET = 0x125D
+_ON, _OFF = struct.pack("i", 1), struct.pack("i", 0)
 # struct flock of fcntl_locking(2): l_type, l_whence, l_start, l_len, l_pid
 _FLOCK = struct.Struct("hhqqi4x")
 
@@ -147,13 +148,16 @@ def ensure(
             device can be had.
     """
     _check_tag(tag)
-    with _opened_backing(backing_path, read_only=read_only) as backing:
-        with _tag_lock(tag, time.monotonic() + timeout_s):
-            device = find(tag)
-            if device is None:
-                return _configure(tag, backing.fd, read_only=read_only, logical_block_size=logical_block_size)
-            _check_reusable(device, backing, read_only=read_only)
-            return device
+    # The file first: opening it may hang, and the lock must not be held then.
+    with (
+        _opened_backing(backing_path, read_only=read_only) as backing,
+        _tag_lock(tag, time.monotonic() + timeout_s),
+    ):
+        device = find(tag)
+        if device is None:
+            return _configure(tag, backing.fd, read_only=read_only, logical_block_size=logical_block_size)
+        _check_reusable(device, backing, read_only=read_only)
+        return device
 
 
 def refresh_size(device: LoopDevice) -> LoopDevice:
@@ -175,7 +179,7 @@ def set_read_only(device: LoopDevice) -> LoopDevice:
         NotFound: there is no such device any more.
     """
     with _opened(device) as fd:
-        _ioctl(fd, _BLKROSET, struct.pack("i", 1), f"{device.path}: cannot be made read-only")
+        _ioctl(fd, _BLKROSET, _ON, f"{device.path}: cannot be made read-only")
         return _require(device)
 
 
@@ -342,6 +346,10 @@ def _try_configure(name: str, config: bytes, *, read_only: bool) -> LoopDevice |
         raise Unavailable(f"/dev/{name}: cannot be opened: {error.strerror}") from error
     try:
         fcntl.ioctl(fd, _LOOP_CONFIGURE, config)
+        if not read_only:
+            # BLKROSET belongs to the number and outlives what was bound to it. Dying here leaves a device that the
+            # next ensure refuses as read-only.
+            fcntl.ioctl(fd, _BLKROSET, _OFF)
         return _read(name)
     except OSError as error:
         if error.errno == errno.EBUSY or error.errno in _GONE_ERRORS:
@@ -423,6 +431,7 @@ def _clear(device: LoopDevice) -> None:
     # nobody else has it open.
     try:
         with _opened(device) as fd:
+            fcntl.ioctl(fd, _BLKROSET, _OFF)  # the number's next user, who may not be us, wants to write
             fcntl.ioctl(fd, _LOOP_CLR_FD, 0)
     except NotFound:
         return

@@ -23,18 +23,14 @@ def check_mount(path: str, require: RequireMount) -> None:
     """
     if require == "any":
         return
-    mount = _find(os.path.normpath(path))
-    if mount is None:
+    # a later line of the mount table covers an earlier one of the same place
+    here = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint == os.path.normpath(path)]
+    if not here:
         raise Unavailable(f"{path} is not a mount point: is the Quobyte volume mounted there?")
+    mount = here[-1]
     if not (mount.device.startswith("quobyte@") or mount.fstype == "fuse.quobyte"):
         raise Unavailable(f"{path} is mounted from {mount.device} with type {mount.fstype}, which is not Quobyte")
     with translated(path):
         size = os.stat(path).st_size
     if require == "quobyte" and size != 0:
         raise Unavailable(f"the root of {path} has size {size}, a Quobyte volume's has 0 (see --require-mount)")
-
-
-def _find(path: str) -> psutil.sdiskpart | None:
-    """Give the top-most mount at `path`; a later line of the mount table covers an earlier one."""
-    found = [part for part in psutil.disk_partitions(all=True) if part.mountpoint == path]
-    return found[-1] if found else None

@@ -48,7 +48,7 @@ INTERRUPT_S = 20  # time for a test runner to undo what it did, after Ctrl-C
 UMOUNT_S = 10
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
+class Interrupted(Exception):
     """A signal asked this run to end."""
 
     def __init__(self, number: int) -> None:

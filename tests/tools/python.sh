@@ -3,9 +3,13 @@
 # Debian's own /usr/bin/python3 where another, older one comes first in PATH.
 set -euo pipefail
 
+# What the interpreter says of itself, because the first in PATH may be a shim that chooses by directory, or belong to
+# a virtual environment (even to the one that is about to be made again): then the one below it is meant.
+ask='import ensurepip, os, sys, venv
+print(os.path.realpath(sys._base_executable)) if sys.version_info >= (3, 11) else sys.exit(1)'
+
 for candidate in python3 /usr/bin/python3; do
-  # sys.executable, because the first in PATH may be a shim that chooses by directory.
-  if path="$("$candidate" -c 'import ensurepip, sys, venv; print(sys.executable) if sys.version_info >= (3, 11) else sys.exit(1)' 2>/dev/null)"; then
+  if path="$("$candidate" -c "$ask" 2>/dev/null)"; then
     printf '%s\n' "$path"
     exit 0
   fi

@@ -80,7 +80,7 @@ def find_go() -> str:
 
 
 def download(official: Official, directory: Path) -> Path:
-    """Return the official file in Go's module cache, or fail the test; `directory` is any one outside of a Go module."""
+    """Return the official file in Go's module cache, or fail the test; `directory` must be outside of any Go module."""
     # GOTOOLCHAIN: a module's wish for a newer Go must not start the download of one.
     environment = os.environ | {"GOFLAGS": "-mod=mod", "GOWORK": "off", "GOTOOLCHAIN": "local"}
     done = subprocess.run(

@@ -1,0 +1,80 @@
+# The house's front door: `make` alone lists what there is. Everything that is downloaded or built goes into one
+# directory outside the tree; remove it and the next target makes it again.
+export CSI_QUOBYTE_CACHE ?= /var/cache/csi-quobyte
+export CSI_QUOBYTE_QEMU_DIR ?= $(CSI_QUOBYTE_CACHE)/qemu/bin
+
+VENV := $(CSI_QUOBYTE_CACHE)/venv/bin
+PYTHON := $(VENV)/python
+# The tree's own code comes first, also when another tree was installed into the same cache since.
+export PYTHONPATH := $(CURDIR)
+export PATH := $(VENV):$(PATH)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# The parts of `test` run one after the other, in the order of the list, also with -j.
+.NOTPARALLEL:
+.PHONY: help setup setup-demo demo test lint lint-steps format unit integration sanity bench lock proto clean
+
+# Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
+CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
+STARTED := $(shell date +%s)
+
+##@ Start here
+help: ## list the targets
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\ncache: %s (set CSI_QUOBYTE_CACHE to change it)\n' '$(CSI_QUOBYTE_CACHE)'
+
+demo: setup-demo ## see the driver at work: a story of a minute, on a stand-in for Quobyte (Debian 12 or 13, root)
+	@$(CONTAINED) 600 demo -- $(PYTHON) deploy/demo/demo.py
+
+test: setup lint unit integration sanity ## everything that proves the driver: lint, unit, integration, sanity (under 12 minutes)
+	@printf '== test: every part passed (%d s)\n' $$(($$(date +%s) - $(STARTED)))
+
+##@ Single parts of test
+lint: setup ## ruff, mypy, layer contract, dependency locks
+	@$(CONTAINED) 300 lint -- $(MAKE) --no-print-directory lint-steps
+
+unit: setup ## pure code, no processes
+	@$(CONTAINED) 300 unit -- $(PYTHON) -m pytest tests/unit
+
+integration: setup ## real qemu-img, storage daemons, loop devices, file systems
+	@$(CONTAINED) 900 integration -- $(PYTHON) -m pytest tests/integration
+
+sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
+	@$(CONTAINED) 600 sanity -- $(PYTHON) tests/sanity/run.py
+
+##@ Measure
+bench: setup ## the table of figures in docs/measurements.md
+	@$(CONTAINED) 1800 bench -- $(PYTHON) bench/run.py
+
+##@ Develop
+setup: ## install what the tests need (run by every target that needs it)
+	@tests/tools/setup.sh test
+
+setup-demo:
+	@tests/tools/setup.sh demo
+
+format: setup ## let ruff put the code into its form
+	@ruff check --fix-only --quiet .
+	@ruff format .
+
+lint-steps:
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@mypy --strict tests/tools/contained.py tests/sanity/run.py
+	@lint-imports
+	@tests/tools/lock.sh --check
+
+lock: ## make the dependency locks again after a change of ranges in pyproject.toml (UPGRADE=1: newest versions)
+	@tests/tools/lock.sh $(if $(UPGRADE),--upgrade)
+
+proto: setup ## generate csi_quobyte/pb from proto/ again
+	@$(PYTHON) proto/build_stubs.py
+
+clean: ## remove what was generated in the tree (not the cache)
+	@rm -rf csi_quobyte/pb build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,308 @@
+"""One machine with a stand-in for a mounted Quobyte volume, and the driver's processes on it.
+
+Used by the demo, the tests and the benchmarks. Everything that is started here is ended by `close`, by its pid, also
+when a test fails in the middle; nothing else on the machine is touched.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from csi_quobyte.pb import csi_pb2 as csi
+from csi_quobyte.pb import csi_pb2_grpc
+
+T = TypeVar("T")
+
+CACHE = Path(os.environ.get("CSI_QUOBYTE_CACHE", "/var/cache/csi-quobyte"))
+QEMU_DIR = Path(os.environ.get("CSI_QUOBYTE_QEMU_DIR", CACHE / "qemu/bin"))
+NODE_ID = "node-1"
+
+GIB = 1 << 30
+
+
+def wait_for(what: str, attempt: Callable[[], T | None], *, timeout_s: float = 15.0) -> T:
+    """Call `attempt` until it gives something true, and give that.
+
+    Raises:
+        TimeoutError: it did not within the time limit; `what` is named.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = attempt()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s:g} s for {what}")
+        time.sleep(0.02)
+
+
+def mounted_at(path: Path | str) -> bool:
+    """Say whether something is mounted at exactly this path, without touching it."""
+    with open("/proc/self/mountinfo", encoding="utf-8") as table:
+        return any(line.split(" ")[4] == str(path) for line in table)
+
+
+def run(*argv: str | Path, timeout_s: float = 60.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command with a time limit and give its text output; a failure shows what it said.
+
+    Raises:
+        RuntimeError: it failed (unless `check` is false).
+    """
+    done = subprocess.run([str(part) for part in argv], capture_output=True, text=True, timeout=timeout_s, check=False)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, argv))} ended with {done.returncode}: {done.stderr}{done.stdout}")
+    return done
+
+
+class StandIn:
+    """A directory mounted with bindfs as type fuse.quobyte: what a mounted Quobyte volume looks like to the driver.
+
+    It differs from a real one: one host, no replication, no quotas, slower, and its root has a size of 4096.
+    """
+
+    def __init__(self, directory: Path, mountpoint: Path) -> None:
+        self.directory = directory
+        self.path = mountpoint
+        self._process: subprocess.Popen[bytes] | None = None
+        self.mount()
+
+    def mount(self) -> None:
+        """Mount it, and wait until it is."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        options = "subtype=quobyte,allow_other"
+        argv = ["bindfs", "-f", "-o", options, "--multithreaded", "--forward-odirect=512", self.directory, self.path]
+        self._process = subprocess.Popen([str(part) for part in argv], start_new_session=True)
+        wait_for(f"bindfs at {self.path}", lambda: mounted_at(self.path))
+
+    @property
+    def pid(self) -> int:
+        """The pid of the FUSE server."""
+        assert self._process is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Kill the FUSE server: every touch of the mount gives ENOTCONN from now on."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(10)
+
+    def hang(self) -> None:
+        """Stop the FUSE server: every touch of the mount hangs from now on."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a hung FUSE server go on."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def unmount(self) -> None:
+        """Unmount, lazily if something still uses it, and end the FUSE server."""
+        if self._process and self._process.poll() is None:
+            self.resume()
+        if mounted_at(self.path):
+            run("umount", self.path, check=False)
+        while mounted_at(self.path):
+            run("umount", "-l", self.path)
+        if self._process:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(2)
+            if self._process.poll() is None:
+                self.kill()
+            self._process = None
+
+
+class Process:
+    """One `csi-quobyte` server process."""
+
+    def __init__(self, arguments: Sequence[str | Path], log: Path) -> None:
+        self._argv = [sys.executable, "-m", "csi_quobyte", *(str(part) for part in arguments)]
+        self.log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it (again)."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self._argv, stdout=log, stderr=log, start_new_session=True)
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """SIGTERM, and give the exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(timeout_s)
+
+    def tail(self, lines: int = 30) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class Machine:
+    """A stand-in, a pool on it, a controller, a node, and clients of both. Use it in a with block."""
+
+    def __init__(self, base: Path, *, pools: Sequence[str] = ("main",), backing: Path | None = None) -> None:
+        """`base` is an empty directory with a short path; `backing` is where the first pool's files shall really lie."""
+        self.base = base
+        self.standins: dict[str, StandIn] = {}
+        self._exit = ExitStack()
+        self._extra: list[str] = []
+        self.controller_process: Process | None = None
+        self.node_process: Process | None = None
+        for name in pools:
+            directory = backing if backing and name == pools[0] else base / f"{name}.dir"
+            self.standins[name] = StandIn(directory, base / name)
+            self.cli("pool", "init", self.standins[name].path, "--require-mount", "quobyte-nosize")
+
+    # --- the command line --------------------------------------------------------------------------------------
+
+    @property
+    def pool_path(self) -> Path:
+        """Where the first pool is mounted."""
+        return next(iter(self.standins.values())).path
+
+    @property
+    def pool_arguments(self) -> list[str]:
+        """The --pool and --require-mount options."""
+        given = [part for name, standin in self.standins.items() for part in ("--pool", f"{name}={standin.path}")]
+        return [*given, "--require-mount", "quobyte-nosize"]
+
+    def cli(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run `csi-quobyte` with arguments."""
+        return run(sys.executable, "-m", "csi_quobyte", *arguments, check=check)
+
+    def check(self) -> list[dict[str, Any]]:
+        """Give all findings of `csi-quobyte check` over all pools."""
+        done = self.cli("check", *self.pool_arguments, "--qemu-dir", QEMU_DIR, "--json", check=False)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(done.stderr)
+        return [finding for line in done.stdout.splitlines() for finding in json.loads(line)["findings"]]
+
+    # --- processes ---------------------------------------------------------------------------------------------
+
+    def start(self, *extra: str) -> None:
+        """Start controller and node, and wait until both are ready. `extra` are further options for both."""
+        self._extra = list(extra)
+        self.start_controller()
+        self.start_node()
+
+    def _common(self, socket: Path) -> list[str | Path]:
+        return ["--endpoint", f"unix://{socket}", *self.pool_arguments, "--qemu-dir", QEMU_DIR, *self._extra]
+
+    def start_controller(self, *extra: str) -> None:
+        """Start the controller and wait until it is ready."""
+        arguments = ["controller", *self._common(self.base / "c.sock"), *extra]
+        self.controller_process = Process(arguments, self.base / "controller.log")
+        self._wait_ready(self.controller_process, self.base / "c.sock")
+
+    def start_node(self, *extra: str) -> None:
+        """Start the node and wait until it is ready and known in every pool."""
+        state = self.base / "state"
+        arguments = ["node", *self._common(self.base / "n.sock"), "--node-id", NODE_ID, "--state-dir", state, *extra]
+        self.node_process = Process(arguments, self.base / "node.log")
+        self._wait_ready(self.node_process, self.base / "n.sock")
+        for standin in self.standins.values():
+            wait_for("the node's record", lambda s=standin: any((s.directory / "nodes").glob("*.json")))
+
+    def _wait_ready(self, process: Process, socket: Path) -> None:
+        def probe() -> bool:
+            if process.process is not None and process.process.poll() is not None:
+                raise RuntimeError(f"the process has ended:\n{process.tail()}")
+            with suppress(grpc.RpcError), grpc.insecure_channel(f"unix://{socket}") as channel:
+                answer = csi_pb2_grpc.IdentityStub(channel).Probe(csi.ProbeRequest(), timeout=5)
+                return bool(answer.ready.value)
+            return False
+
+        try:
+            wait_for(f"{socket} to be ready", probe, timeout_s=30)
+        except TimeoutError as error:
+            raise RuntimeError(f"{error}\n{process.tail()}") from error
+
+    def channel(self, socket: str) -> grpc.Channel:
+        """A channel to `c.sock` or `n.sock` that lives as long as this machine."""
+        return self._exit.enter_context(grpc.insecure_channel(f"unix://{self.base / socket}"))
+
+    def close(self) -> None:
+        """Unstage what is staged, end everything that was started, unmount everything below the base directory."""
+        self._exit.close()
+        for standin in self.standins.values():
+            with suppress(ProcessLookupError):
+                standin.resume()
+        for process in (self.node_process, self.controller_process):
+            if process and process.process and process.process.poll() is None:
+                process.process.terminate()
+                try:
+                    process.process.wait(40)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+        self._clear_devices()
+        for standin in self.standins.values():
+            standin.unmount()
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def _clear_devices(self) -> None:
+        """Unmount what is below the base directory, free our loop devices, end our daemons."""
+        for target in sorted(_mounts_below(self.base, but=[s.path for s in self.standins.values()]), reverse=True):
+            run("umount", "-l", target, check=False)
+        for device in _loops_below(self.base):
+            run("losetup", "-d", device, check=False)
+        for pid in _daemons_below(self.base):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for target in _mounts_below(self.base, but=[s.path for s in self.standins.values()]):
+            run("umount", "-l", target, check=False)
+
+    def leftovers(self) -> list[str]:
+        """Name every mount, loop device and daemon of this machine's that is still there."""
+        mounts = list(_mounts_below(self.base, but=[s.path for s in self.standins.values()]))
+        return mounts + _loops_below(self.base) + [f"daemon {pid}" for pid in _daemons_below(self.base)]
+
+    def __enter__(self) -> "Machine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _mounts_below(base: Path, *, but: Sequence[Path]) -> Iterator[str]:
+    with open("/proc/self/mountinfo", encoding="utf-8") as table:
+        for line in table.readlines():
+            target = line.split(" ")[4]
+            if target.startswith(f"{base}/") and Path(target) not in but:
+                yield target
+
+
+def _loops_below(base: Path) -> list[str]:
+    """Give the loop devices whose file lies (or lay) below a directory."""
+    found = []
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            if entry.read_text().startswith(f"{base}/"):
+                found.append(f"/dev/{entry.parts[3]}")
+    return found
+
+
+def _daemons_below(base: Path) -> list[int]:
+    """Give the storage daemons that were started with a directory below `base`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if any(b"qemu-storage-daemon" in word for word in words[:6]) and f"{base}/".encode() in b" ".join(words):
+                found.append(int(entry.parts[2]))
+    return found
