@@ -1,14 +1,13 @@
 """csi-quobyte ls, show and tree: what is in the pools and who refers to what."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -32,13 +31,10 @@ def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> Non
     if as_json:
         click.echo(json.dumps({"objects": rows}))
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("ID", "NAME", "SIZE", "STATE", "NODE", "SOURCE"):
-        table.add_column(heading, no_wrap=heading == "ID", overflow="fold")
-    for row in rows:
-        cells = (row["id"], row["name"], human(row["size_bytes"]), row["state"], row["node"], row["source"])
-        table.add_row(*(Text(str(cell)) for cell in cells))
-    _console().print(table)
+    _print_columns(
+        ("ID", "NAME", "SIZE", "STATE", "NODE", "SOURCE"),
+        [(r["id"], r["name"], human(r["size_bytes"]), r["state"], r["node"], r["source"]) for r in rows],
+    )
 
 
 @click.command()
@@ -70,6 +66,13 @@ def tree(volume: str | None, pool: tuple[str, ...], require_mount: RequireMount,
         for layer in roots:
             _draw(store, found, layer, drawing, 0)
         _console().print(drawing)
+
+
+def _print_columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with columns as wide as they need: ids must stay whole, for copying and for other programs."""
+    widths = [max(len(row[at]) for row in (headings, *rows)) for at in range(len(headings))]
+    for row in (headings, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _console() -> Console:

@@ -190,7 +190,7 @@ def _stray(found: Index, stray: Stray) -> Finding | None:
     owner, _, ending = stray.name.partition(".")
     if ".json.g" in stray.name:
         return Finding("stale-claim", owner, path, "a change of this record was interrupted")
-    known: Container[str] = {"layers": found.layers, "volumes": found.volumes}.get(stray.folder, ())
+    known: Container[str] = found.layers if stray.folder == "layers" else found.volumes
     if stray.folder == "layers" and is_layer_id(owner) and ending in {"qcow2", "raw", "refs"}:
         if owner in known or owner in found.intended_layers or owner in found.unreadable:
             return None

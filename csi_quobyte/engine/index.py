@@ -27,7 +27,7 @@ class Stray:
 
 @dataclass
 class Index:
-    """A pool's contents, complete once `read` has given it; `unreadable` says of each damaged record, by its id, what is wrong with it."""
+    """A pool's contents, complete once `read` has given it; `unreadable` says of a record what is wrong."""
 
     volumes: dict[str, VolumeRecord] = field(default_factory=dict)
     snapshots: dict[str, SnapshotRecord] = field(default_factory=dict)

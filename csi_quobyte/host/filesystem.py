@@ -242,6 +242,25 @@ def is_blank(device: str) -> bool:
     return all(piece == bytes(len(piece)) for piece in _end_pieces(device))
 
 
+def is_readable(device: str) -> bool:
+    """Tell whether a device answers reads at its ends at all; past the page cache."""
+    try:
+        for _ in _end_pieces(device):
+            pass
+    except Unavailable:
+        return False
+    return True
+
+
+def sync(mountpoint: str, *, timeout_s: float) -> None:
+    """Bring everything cached for the filesystem at a mount point down to its device (syncfs(2)).
+
+    Raises:
+        Unavailable: the device refuses some of it; CommandTimedOut: it did not end in time.
+    """
+    command.run(["sync", "--file-system", "--", mountpoint], timeout_s=timeout_s)
+
+
 def make(
     device: str, fstype: str, *, options: Sequence[str], timeout_s: float, volume_label: str | None = None
 ) -> None:

@@ -54,6 +54,7 @@ QMP_TIMEOUT_S = 10.0
 _LOCK_TIMEOUT_S = 60.0  # an operation of another thread: a few commands at their time limit
 _HEALTH_TIMEOUT_S = 2.0
 _KILL_TIMEOUT_S = 5.0
+_CLOSE_SHARE = 2 / 3  # of the time for stopping: what is left is for SIGTERM, which may still flush
 _RECORD_TIMEOUT_S = 5.0  # between the end of a daemon and its recorded status: two commands of a shell
 _UNMOUNT_TIMEOUT_S = 5.0
 _STAT_TIMEOUT_S = 5.0
@@ -108,13 +109,13 @@ class Daemons:
         Raises:
             InvalidArgument: the path is relative, or too long for a socket's path below it.
         """
-        socket_bytes = len(os.fsencode(state_dir)) + _KEY_LENGTH + len("//qmp")
-        if not state_dir.startswith("/") or socket_bytes > _SOCKET_PATH_MAX_BYTES:
-            most = _SOCKET_PATH_MAX_BYTES - _KEY_LENGTH - len("//qmp")
+        # As the kernel prints it in its mount table: without symbolic links.
+        real_dir = os.path.realpath(state_dir)
+        most = _SOCKET_PATH_MAX_BYTES - _KEY_LENGTH - len("//qmp")
+        if not state_dir.startswith("/") or len(os.fsencode(real_dir)) > most:
             raise InvalidArgument(f"state directory {state_dir!r}: expected an absolute path of at most {most} bytes")
         self._tools = tools
-        # As the kernel prints it in its mount table: without symbolic links.
-        self._state_dir = os.path.realpath(state_dir)
+        self._state_dir = real_dir
         self._qmp_timeout_s = qmp_timeout_s
         self._guard = threading.Lock()
         self._locks: dict[str, threading.RLock] = {}
@@ -177,7 +178,7 @@ class Daemons:
 
         Raises:
             Refused: the daemon runs.
-            Unavailable: the dead mount cannot be taken away.
+            Unavailable: the dead mount or the directory cannot be taken away.
             Busy: another thread works with this daemon and does not end.
         """
         with _exclusive(self._lock_of(key), key):
@@ -185,24 +186,31 @@ class Daemons:
                 raise Refused(f"the storage daemon {key} runs: stop it first")
             directory = self.directory(key)
             _unmount_dead(f"{directory}/export")
-            with contextlib.suppress(FileNotFoundError):
+            _await_record(command.find_detached(f"{directory}/pid"))
+            try:
                 shutil.rmtree(directory)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                raise Unavailable(f"{directory} cannot be removed: {error}") from error
 
     def _start(self, key: str, deadline: float) -> "Daemon":
         directory = self.directory(key)
-        export_path, socket_path = f"{directory}/export", f"{directory}/qmp"
-        _unmount_dead(export_path)
-        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-        for stale in (socket_path, f"{directory}/flushed"):
-            Path(stale).unlink(missing_ok=True)
-        Path(export_path).touch(mode=0o600)
-        detached = command.spawn_detached(
-            _daemon_argv(self._tools, socket_path),
-            log_path=f"{directory}/log",
-            status_path=f"{directory}/status",
-            pid_path=f"{directory}/pid",
-            timeout_s=max(0.1, deadline - time.monotonic()),
-        )
+        _unmount_dead(f"{directory}/export")
+        try:
+            Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+            for stale in ("qmp", "flushed"):
+                Path(f"{directory}/{stale}").unlink(missing_ok=True)
+            Path(f"{directory}/export").touch(mode=0o600)
+            detached = command.spawn_detached(
+                _daemon_argv(self._tools, f"{directory}/qmp"),
+                log_path=f"{directory}/log",
+                status_path=f"{directory}/status",
+                pid_path=f"{directory}/pid",
+                timeout_s=max(0.1, deadline - time.monotonic()),
+            )
+        except OSError as error:
+            raise Unavailable(f"{directory} cannot be prepared: {error}") from error
         daemon = Daemon(key, directory, detached, self._lock_of(key), self._qmp_timeout_s)
         try:
             daemon._await_ready(deadline)
@@ -326,24 +334,24 @@ class Daemon:
         with _exclusive(self._lock, self.key):
             deadline = time.monotonic() + timeout_s
             if self.is_running():
-                self._close(deadline)
+                self._close(time.monotonic() + timeout_s * _CLOSE_SHARE)
                 self._terminate(deadline)
             if self.is_running():
                 return StopResult.STILL_RUNNING
             return _ended_result(self._directory, self._detached)
 
     def _close(self, deadline: float) -> None:
-        """Take the export away and flush; note it durably enough for a later process of this boot."""
-        left_s = max(0.1, deadline - time.monotonic())
+        """Take the export away, flush, and note that for the process that may have to go on from here."""
         try:
-            self._converse(_unexport, timeout_s=left_s)
+            self._converse(
+                lambda monitor: _unexport(monitor, deadline), timeout_s=max(0.1, deadline - time.monotonic())
+            )
             self._converse(_flush, timeout_s=max(0.1, deadline - time.monotonic()))
-        except Unavailable as error:
+            # If we die here: the daemon runs with no export and nothing unflushed, and is stopped again.
+            Path(f"{self._directory}/flushed").write_text(_flushed_mark(self._detached), encoding="ascii")
+        except (Unavailable, OSError) as error:
             # Not the end of it: the process has to go all the same, and the result says that it was not clean.
             _log.warning("storage daemon %s is stopped without a confirmed flush: %s", self.key, error)
-            return
-        # If we die here: the daemon has no export and nothing unflushed; the next stop finds it running, or this mark.
-        Path(f"{self._directory}/flushed").write_text(_flushed_mark(self._detached), encoding="ascii")
 
     def _terminate(self, deadline: float) -> None:
         process, marker = self._detached.process, _marker(self.key)
@@ -358,15 +366,13 @@ class Daemon:
     def _await_ready(self, deadline: float) -> None:
         """Wait for the first answer; attempts are repeated because the socket appears some time after the start."""
         while True:
-            left_s = deadline - time.monotonic()
             try:
-                self._converse(_query_nodes, timeout_s=max(0.1, left_s))
+                self._converse(_query_nodes, timeout_s=max(0.1, deadline - time.monotonic()))
+                return
             except Unavailable as error:
-                if left_s > _READY_POLL_S and self.is_running():
-                    time.sleep(_READY_POLL_S)
-                    continue
-                raise Unavailable(f"{error}; its log ends with: {self._log_end()}") from error
-            return
+                if time.monotonic() > deadline or not self.is_running():
+                    raise Unavailable(f"{error}; its log ends with: {self._log_end()}") from error
+            time.sleep(_READY_POLL_S)
 
     def _log_end(self) -> str:
         return command.log_tail(f"{self._directory}/log").strip() or "(nothing)"
@@ -508,16 +514,19 @@ async def _find_head(monitor: _Monitor, key: str) -> str:
     return heads[0]
 
 
-async def _head_size_bytes(monitor: _Monitor, key: str) -> int:
-    head = await _find_head(monitor, key)
-    size_bytes: int = (await _query_nodes(monitor))[head]["image"]["virtual-size"]
+async def _size_bytes(monitor: _Monitor, node_name: str) -> int:
+    size_bytes: int = (await _query_nodes(monitor))[node_name]["image"]["virtual-size"]
     return size_bytes
+
+
+async def _head_size_bytes(monitor: _Monitor, key: str) -> int:
+    return await _size_bytes(monitor, await _find_head(monitor, key))
 
 
 async def _grow(monitor: _Monitor, key: str, size_bytes: int) -> bool:
     """Grow the head if it is smaller; True if it is exported (also when it had the size already)."""
-    if await _head_size_bytes(monitor, key) < size_bytes:
-        head = await _find_head(monitor, key)
+    head = await _find_head(monitor, key)
+    if await _size_bytes(monitor, head) < size_bytes:
         await monitor.execute("block_resize", {"node-name": head, "size": size_bytes})
     return bool(await _query_exports(monitor))
 
@@ -543,12 +552,17 @@ async def _export(monitor: _Monitor, key: str, mount_path: str, writable: bool) 
     await monitor.execute("block-export-add", export)
 
 
-async def _unexport(monitor: _Monitor) -> None:
-    """Take the export away, also from under its users, and wait until its requests are done."""
+async def _unexport(monitor: _Monitor, deadline: float) -> None:
+    """Take the export away, also from under its users, and wait until its requests are done.
+
+    Raises:
+        Unavailable: also when requests are still under way at the deadline, because the mount below hangs.
+    """
     for export_id in await _query_exports(monitor):
         await monitor.execute("block-export-del", {"id": export_id, "mode": "hard"})
-    # Each question is answered in the time limit of a command or ends this loop.
     while await monitor.execute("query-block-exports"):
+        if time.monotonic() > deadline:
+            raise Unavailable("requests of the export do not end")
         await asyncio.sleep(_READY_POLL_S)
 
 
@@ -680,12 +694,17 @@ def _lock_hint(path: str) -> str:
 
 
 def _ended_result(directory: str, detached: command.Detached) -> StopResult:
-    # The supervisor ends right after it has recorded the status; if it was killed itself, there is none.
-    command.wait_exit(detached.supervisor, _RECORD_TIMEOUT_S)
+    _await_record(detached)
     status = command.find_exit_status(detached, f"{directory}/status")
     if status == 0 and _is_flushed(directory, detached):
         return StopResult.CLEAN
     return StopResult.UNCLEAN
+
+
+def _await_record(detached: command.Detached | None) -> None:
+    """Wait until the status of an ended daemon is recorded; if the supervisor was killed itself, it never is."""
+    if detached is not None:
+        command.wait_exit(detached.supervisor, _RECORD_TIMEOUT_S)
 
 
 def _flushed_mark(detached: command.Detached) -> str:

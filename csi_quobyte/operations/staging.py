@@ -49,6 +49,7 @@ TAG_PREFIX = "cq"
 UNMOUNT_TIMEOUT_S = 10.0
 RELEASE_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 20.0
+SYNC_TIMEOUT_S = 20.0
 MKFS_TIMEOUT_S = 600.0
 FSCK_TIMEOUT_S = 3600.0
 
@@ -362,7 +363,7 @@ class Node:
 
     def recover(self) -> None:
         """At the start: clear the devices whose daemon is gone, where no pod has them; leave all that works alone."""
-        for key in self._daemons.keys():
+        for key in self._daemons.keys():  # noqa: SIM118 - not a dict
             device = loop.find(loop.tag_of(TAG_PREFIX, key))
             if self._daemons.find(key) is not None:
                 log.info("found the daemon of key %s running (%s)", key, device.path if device else "no device")
@@ -391,7 +392,7 @@ class Node:
         A target that a pod has mounted stays, dead: an empty directory in its place would take the pod's writes.
         """
         clean = True
-        for key in self._daemons.keys():
+        for key in self._daemons.keys():  # noqa: SIM118
             daemon = self._daemons.find(key)
             if daemon is None:
                 continue
@@ -418,11 +419,11 @@ class Node:
         if not targets:
             loop.release(tag, timeout_s=RELEASE_TIMEOUT_S)
         else:
-            filesystem.sync(device.path, targets[0])
+            filesystem.sync(targets[0], timeout_s=SYNC_TIMEOUT_S)
 
     def _count_staged(self) -> None:
         devices = {device.tag for device in loop.scan(f"{TAG_PREFIX}:")}
-        with_daemon = {loop.tag_of(TAG_PREFIX, key) for key in self._daemons.keys()}
+        with_daemon = {loop.tag_of(TAG_PREFIX, key) for key in self._daemons.keys()}  # noqa: SIM118
         telemetry.STAGED_VOLUMES.labels("fuse").set(len(devices & with_daemon))
 
 
@@ -484,7 +485,7 @@ def _ensure_mounted(
     options = [*request.mount_options, *filesystem.default_mount_options(volume.filesystem)]
     if attachment.readonly:
         # the journal of a snapshot may be dirty: replayed first, because a read-only device cannot be
-        filesystem.replay_journal(device.path, volume.filesystem, request.staging_path)
+        filesystem.replay_journal(device.path, volume.filesystem, request.staging_path, timeout_s=FSCK_TIMEOUT_S)
         device = loop.set_read_only(device)
         options.append("ro")
     mounts.mount(device.path, request.staging_path, fstype=volume.filesystem, options=options)

@@ -29,14 +29,14 @@ VOLUME_PARAMETERS = (
         "preallocation",
         ("off", "metadata", "falloc"),
         "off",
-        "Space taken at once: nothing, qcow2's mapping tables, or all of it. raw knows off and falloc; with a source only off.",
+        "Space taken at once: nothing, qcow2's mapping tables, or all of it. raw: off, falloc; with a source only off.",
     ),
     Parameter(
         "dataPath",
         ("auto", "fuse", "loop"),
         "auto",
-        "How the image becomes a block device. auto and fuse: a storage daemon under a loop device; loop (raw only): the "
-        "kernel's loop device on the file itself.",
+        "How the image becomes a block device. auto and fuse: a storage daemon under a loop device; "
+        "loop (raw only): the kernel's loop device on the file itself.",
     ),
     Parameter("mkfsOptions", (), "", "Further options for mkfs, from an allow-list."),
     Parameter(FSTYPE, ("ext4", "xfs"), "ext4", "File system of the volume."),

@@ -66,7 +66,7 @@ def status_of(error: BaseException, method: str) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL if method in _READING else grpc.StatusCode.ABORTED
 
 
-class Interceptor(grpc.ServerInterceptor[Any, Any]):
+class Interceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Around every unary call: admission, request id, duration and result, and the error table."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Interceptor(grpc.ServerInterceptor[Any, Any]):
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Any:
         handler = continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler

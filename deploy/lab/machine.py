@@ -164,10 +164,14 @@ class Machine:
         self._extra: list[str] = []
         self.controller_process: Process | None = None
         self.node_process: Process | None = None
-        for name in pools:
-            directory = backing if backing and name == pools[0] else base / f"{name}.dir"
-            self.standins[name] = StandIn(directory, base / name)
-            self.cli("pool", "init", self.standins[name].path, "--require-mount", "quobyte-nosize")
+        try:
+            for name in pools:
+                directory = backing if backing and name == pools[0] else base / f"{name}.dir"
+                self.standins[name] = StandIn(directory, base / name)
+                self.cli("pool", "init", self.standins[name].path, "--require-mount", "quobyte-nosize")
+        except BaseException:
+            self.close()
+            raise
 
     # --- the command line --------------------------------------------------------------------------------------
 

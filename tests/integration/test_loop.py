@@ -305,7 +305,7 @@ def test_device_of_an_unlinked_file_is_found_and_released(tmp_path: Path, new_ta
 
 
 @pytest.mark.root
-def test_device_of_a_dead_file_is_found_refused_and_released_with_the_loss_reported(
+def test_device_of_a_dead_file_is_found_refused_and_released(
     fuse: tuple["subprocess.Popen[bytes]", Path], new_tag: NewTag
 ) -> None:
     server, pool = fuse
@@ -322,7 +322,7 @@ def test_device_of_a_dead_file_is_found_refused_and_released_with_the_loss_repor
         assert loop.find(tag) == device
         # The same path is a live file again, the device's own file is not: as after a daemon's restart.
         make_file(pool / "f")
-        with pytest.raises(Refused, match="is dead"):
+        with pytest.raises(Refused, match="release it first"):
             loop.ensure(tag, backing, read_only=False)
     finally:
         os.close(fd)
