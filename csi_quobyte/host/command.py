@@ -83,7 +83,7 @@ class Limits:
     address_space_bytes: int | None
     """RLIMIT_AS: an allocation beyond it fails."""
     cpu_s: int | None
-    """RLIMIT_CPU: SIGXCPU ends the child, which then counts as failed with status 152."""
+    """RLIMIT_CPU: SIGXCPU (status 152) at the limit, SIGKILL a second later."""
 
 
 QEMU_IMG_LIMITS = Limits(address_space_bytes=1 << 30, cpu_s=60)
@@ -270,8 +270,13 @@ def _limit_prefix(limits: Limits | None) -> list[str]:
     # prlimit(1) instead of preexec_fn, which may deadlock in a process with threads.
     if limits is None:
         return []
-    options = [("as", limits.address_space_bytes), ("cpu", limits.cpu_s)]
-    return ["prlimit", *(f"--{name}={value}" for name, value in options if value is not None), "--"]
+    prefix = ["prlimit"]
+    if limits.address_space_bytes is not None:
+        prefix.append(f"--as={limits.address_space_bytes}")
+    if limits.cpu_s is not None:
+        # At a hard limit the kernel sends SIGKILL, which would look like the work of the OOM killer.
+        prefix.append(f"--cpu={limits.cpu_s}:{limits.cpu_s + 1}")
+    return [*prefix, "--"]
 
 
 def _environment(env_extra: Mapping[str, str] | None) -> dict[str, str]:

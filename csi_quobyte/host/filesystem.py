@@ -268,8 +268,6 @@ def make(
 
     `options` is what `check_mkfs_options` returned. When it fails or dies in the middle, the device is neither blank
     nor a filesystem: only a caller that remembers that it began may call it again.
-    mkfs.xfs looks at every mount point of the machine first, so it runs into its time limit, having written nothing,
-    while any mount hangs.
 
     Raises:
         InvalidArgument: unknown filesystem, or a label that is too long for it.
@@ -286,8 +284,12 @@ def make(
         if len(volume_label.encode()) > _LABEL_BYTES[fstype]:
             raise InvalidArgument(f"label {volume_label!r}: longer than the {_LABEL_BYTES[fstype]} bytes of {fstype}")
         argv += ["-L", volume_label]
+    argv = [*argv, device]
+    if fstype == "xfs":
+        # It looks at every mount point of the machine first.
+        argv = mounts.out_of_reach_of_servers(argv)
     try:
-        _run_or_refuse([*argv, device], timeout_s, f"{device}: cannot be formatted as {fstype}")
+        _run_or_refuse(argv, timeout_s, f"{device}: cannot be formatted as {fstype}")
     except Refused:
         # A device that broke meanwhile is no fault of the options; this raises Unavailable then.
         for _ in _end_pieces(device):

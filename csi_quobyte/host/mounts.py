@@ -156,6 +156,29 @@ def unmount(target: str, *, timeout_s: float, lazy_after: bool) -> Unmounted:
     raise Unavailable(f"{target}: still a mount point after {_MAX_STACKED} unmounts; something keeps mounting there")
 
 
+def out_of_reach_of_servers(argv: Sequence[str]) -> list[str]:
+    """Return the command line that runs `argv` where no mount of a server is: one that hangs cannot hang it then.
+
+    It runs in a mount namespace of its own, from which FUSE and network mounts are detached first (lazily, which asks
+    no server). For tools that look at every mount point, mkfs.xfs above all.
+    """
+    servers = [mount.target for mount in table() if _is_served(mount)]
+    # Constant text: the targets and the command are its arguments, never read as shell.
+    script = 'while [ "$1" != -- ]; do umount -n -l --no-canonicalize -- "$1" || :; shift; done; shift; exec "$@"'
+    # The deepest first; "sh" after the script is its $0.
+    return [
+        *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c", script, "sh"),
+        *sorted(servers, key=len, reverse=True),
+        "--",
+        *argv,
+    ]
+
+
+def _is_served(mount: Mount) -> bool:
+    kind = mount.fstype.partition(".")[0]
+    return kind in {"fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "glusterfs", "lustre", "afs"}
+
+
 def users_of(path: str, *, limit: int = 5) -> list[str]:
     """Name up to `limit` processes that have a file at or below `path` open, or run or work there: "pid 12 (fio)".
 

@@ -156,10 +156,21 @@ class Process:
 class Machine:
     """A stand-in, a pool on it, a controller, a node, and clients of both. Use it in a with block."""
 
-    def __init__(self, base: Path, *, pools: Sequence[str] = ("main",), backing: Path | None = None) -> None:
-        """`base` is an empty directory with a short path; `backing` is where the first pool's files shall really lie."""
+    def __init__(
+        self, base: Path, *, pools: Sequence[str] = ("main",), backing: Path | None = None, standin: bool = True
+    ) -> None:
+        """`base` is an empty directory with a short path; `backing` is where the first pool's files shall really lie.
+
+        Without `standin` the pools are plain directories, for measurements in which no FUSE shall be counted.
+        """
         self.base = base
+        self.pools: dict[str, Path] = {}
+        """Where the driver sees each pool."""
+        self.directories: dict[str, Path] = {}
+        """Where the files of each pool really lie: can be read while a stand-in hangs."""
         self.standins: dict[str, StandIn] = {}
+        """The mounts of the pools; empty when they are plain directories."""
+        self._require_mount = "quobyte-nosize" if standin else "any"
         self._exit = ExitStack()
         self._extra: list[str] = []
         self.controller_process: Process | None = None
@@ -167,24 +178,32 @@ class Machine:
         try:
             for name in pools:
                 directory = backing if backing and name == pools[0] else base / f"{name}.dir"
-                self.standins[name] = StandIn(directory, base / name)
-                self.cli("pool", "init", self.standins[name].path, "--require-mount", "quobyte-nosize")
+                self.directories[name] = directory
+                self.pools[name] = self._make_pool_directory(name, directory, standin)
+                self.cli("pool", "init", self.pools[name], "--require-mount", self._require_mount)
         except BaseException:
             self.close()
             raise
+
+    def _make_pool_directory(self, name: str, directory: Path, standin: bool) -> Path:
+        if standin:
+            self.standins[name] = StandIn(directory, self.base / name)
+            return self.standins[name].path
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
 
     # --- the command line --------------------------------------------------------------------------------------
 
     @property
     def pool_path(self) -> Path:
-        """Where the first pool is mounted."""
-        return next(iter(self.standins.values())).path
+        """Where the driver sees the first pool."""
+        return next(iter(self.pools.values()))
 
     @property
     def pool_arguments(self) -> list[str]:
         """The --pool and --require-mount options."""
-        given = [part for name, standin in self.standins.items() for part in ("--pool", f"{name}={standin.path}")]
-        return [*given, "--require-mount", "quobyte-nosize"]
+        given = [part for name, path in self.pools.items() for part in ("--pool", f"{name}={path}")]
+        return [*given, "--require-mount", self._require_mount]
 
     def cli(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `csi-quobyte` with arguments."""
@@ -220,8 +239,8 @@ class Machine:
         arguments = ["node", *self._common(self.base / "n.sock"), "--node-id", NODE_ID, "--state-dir", state, *extra]
         self.node_process = Process(arguments, self.base / "node.log")
         self._wait_ready(self.node_process, self.base / "n.sock")
-        for standin in self.standins.values():
-            wait_for("the node's record", lambda s=standin: any((s.directory / "nodes").glob("*.json")))
+        for directory in self.directories.values():
+            wait_for("the node's record", lambda d=directory: any((d / "nodes").glob("*.json")))
 
     def _wait_ready(self, process: Process, socket: Path) -> None:
         def probe() -> bool:
@@ -274,7 +293,11 @@ class Machine:
     def leftovers(self) -> list[str]:
         """Name every mount, loop device and daemon of this machine's that is still there."""
         mounts = list(_mounts_below(self.base, but=[s.path for s in self.standins.values()]))
-        return mounts + _loops_below(self.base) + [f"daemon {pid}" for pid in _daemons_below(self.base)]
+        return mounts + _loops_below(self.base) + [f"daemon {pid}" for pid in self.daemons()]
+
+    def daemons(self) -> list[int]:
+        """Give the pids of the storage daemons that serve volumes of this machine."""
+        return _daemons_below(self.base)
 
     def __enter__(self) -> "Machine":
         return self

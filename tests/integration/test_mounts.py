@@ -230,15 +230,17 @@ def test_hung_busy_mount_is_unmounted_lazily_within_the_limit(fuse: Server) -> N
     server, mountpoint = fuse
     with Path(mountpoint, "file").open("w"):
         server.send_signal(signal.SIGSTOP)
-        started = time.monotonic()
-        assert mounts.at(mountpoint) is not None
-        with pytest.raises(Unavailable):
-            mounts.unmount(mountpoint, timeout_s=1, lazy_after=False)
-        assert mounts.at(mountpoint) is not None
-        assert mounts.unmount(mountpoint, timeout_s=1, lazy_after=True) is Unmounted.LAZY
-        assert time.monotonic() - started < 10
-        assert mounts.at(mountpoint) is None
-        server.send_signal(signal.SIGCONT)
+        try:
+            started = time.monotonic()
+            assert mounts.at(mountpoint) is not None
+            with pytest.raises(Unavailable):
+                mounts.unmount(mountpoint, timeout_s=1, lazy_after=False)
+            assert mounts.at(mountpoint) is not None
+            assert mounts.unmount(mountpoint, timeout_s=1, lazy_after=True) is Unmounted.LAZY
+            assert time.monotonic() - started < 10
+            assert mounts.at(mountpoint) is None
+        finally:
+            server.send_signal(signal.SIGCONT)  # before the file is closed, which asks the server
 
 
 def test_unmount_that_hangs_is_done_lazily_within_the_limit(fuse: Server, directory: Path) -> None:

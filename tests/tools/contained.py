@@ -4,7 +4,7 @@
 Owns a run directory, given to the part as TMPDIR and, as the mark of everything it starts, as CSI_QUOBYTE_RUN in its
 environment. Both are inherited, by daemons in sessions of their own too. So at the end, what belongs to the run can be
 told from everything else on the machine: the processes with the mark, the mounts below the directory, the loop devices
-on files in it, and the driver's loop devices that lost their file and were not there at the start.
+on files in it, and new loop devices whose file was served by a FUSE daemon that is gone.
 
 Always holds: what belongs to another run is not touched. A run whose keeper was itself killed (its lock on the owner
 file is free) is cleared by the next one. A part that succeeds but leaves something behind has failed.
@@ -32,13 +32,11 @@ from types import FrameType
 from typing import TextIO
 
 MARK = "CSI_QUOBYTE_RUN"
-LOOP_TAG = b"cq:"  # what the driver writes into the name field of its loop devices
 OWNER = ".csi-quobyte-run"
 PREFIX = "cq-"  # short: sockets live below, and a socket's path has at most 107 bytes
 
 LOOP_GET_STATUS64 = 0x4C05
 LOOP_INFO64_BYTES = 232
-LOOP_NAME = slice(56, 120)  # lo_file_name in struct loop_info64, linux/loop.h
 MNT_DETACH = 2
 
 SETTLE_S = 5  # daemons that were told to stop may still be writing their last bytes
@@ -134,11 +132,11 @@ def mounts_of(run: Path, devices: frozenset[str]) -> list[Mount]:
     return [mount for mount in mount_table() if Path(mount.target).is_relative_to(run) or mount.source in devices]
 
 
-def is_driver_loop(device: str) -> bool:
-    """Say whether a dead loop device can be the driver's: it has the tag, or lies on a FUSE file without a server.
+def has_no_server(device: str) -> bool:
+    """Say whether the file of a loop device lies on a FUSE file system whose server is gone.
 
-    The kernel asks the backing file for its attributes before it tells the tag. So without a server the answer is
-    ENOTCONN and the tag stays unknown, and a server that hangs hangs the call: no answer within 2 s means no.
+    Asking for the status makes the kernel ask the server for the file's attributes: ENOTCONN is the sign. The name that
+    the driver wrote into the device is not told then. A server that hangs hangs the call: no answer within 2 s means no.
     """
     answer: list[bool] = []
 
@@ -146,17 +144,16 @@ def is_driver_loop(device: str) -> bool:
         try:
             handle = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                status = fcntl.ioctl(handle, LOOP_GET_STATUS64, bytes(LOOP_INFO64_BYTES))
+                fcntl.ioctl(handle, LOOP_GET_STATUS64, bytes(LOOP_INFO64_BYTES))
             finally:
                 os.close(handle)
-            answer.append(status[LOOP_NAME].startswith(LOOP_TAG))
         except OSError as error:
             answer.append(error.errno == errno.ENOTCONN)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(2)
-    return bool(answer and answer[0])
+    return any(answer)
 
 
 def loops() -> list[Loop]:
@@ -168,23 +165,20 @@ def loops() -> list[Loop]:
     return found
 
 
-def is_gone(backing: str) -> bool:
-    """Say whether a backing file's path leads nowhere, as it does once its mount is gone; asks no FUSE file system."""
-    above = [mount for mount in mount_table() if Path(backing).is_relative_to(mount.target)]
-    if max(above, key=lambda mount: len(mount.target)).fstype.startswith("fuse"):
-        return False
-    return backing == "/" or not os.path.lexists(backing)
-
-
 def loops_of(run: Path, before: frozenset[str] | None) -> list[Loop]:
-    """Return the loop devices of `run`: on its files, or dead, the driver's and not in `before` (None: not known)."""
+    """Return the loop devices of `run`: on its files, or lost by it and not in `before` (None: not known).
 
-    def is_dead_and_new(loop: Loop) -> bool:
-        if before is None or loop.device in before or not is_gone(loop.backing):
+    A lost one had a file served by FUSE, whose server and mount are gone: then the kernel has no path for it but "/"
+    or what was below the mount. A device whose server lives belongs to somebody, if only in another mount namespace.
+    """
+
+    def is_lost(loop: Loop) -> bool:
+        if before is None or loop.device in before:
             return False
-        return is_driver_loop(loop.device)
+        return not any(Path(loop.backing).is_relative_to(target) for target in served) and has_no_server(loop.device)
 
-    return [loop for loop in loops() if Path(loop.backing).is_relative_to(run) or is_dead_and_new(loop)]
+    served = [mount.target for mount in mount_table() if mount.fstype.startswith("fuse")]
+    return [loop for loop in loops() if Path(loop.backing).is_relative_to(run) or is_lost(loop)]
 
 
 def left_behind(run: Path, before: frozenset[str] | None) -> list[str]:

@@ -97,7 +97,7 @@ python_packages() {
 # The stubs are generated into the tree, so the tree is asked for them, not only the stamp.
 this_package() {
   local id
-  id="$root $(<"$venv/locks.stamp") $(hash_of "$root"/pyproject.toml "$root"/proto/* "$root"/csi_quobyte/__init__.py)"
+  id="$root $(<"$venv/locks.stamp") $(hash_of "$root"/pyproject.toml "$root"/proto/*.proto "$root"/proto/*.py "$root"/csi_quobyte/__init__.py)"
   [[ -e "$root/csi_quobyte/pb/csi_pb2.py" ]] && is_stamped "$venv/package.stamp" "$id" && return 0
   rm -f "$venv/package.stamp"
   timeout 300 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --root-user-action ignore \
