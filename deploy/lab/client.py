@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from lab.machine import GIB, NODE_ID, Machine
 
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pb import csi_pb2_grpc
+from lab.machine import GIB, NODE_ID, Machine
 
 Modes = csi.VolumeCapability.AccessMode
 TIMEOUT_S = 60.0
@@ -178,9 +178,7 @@ class Client:
 
     # --- whole ways --------------------------------------------------------------------------------------------
 
-    def use(
-        self, volume_id: str, *, capability: csi.VolumeCapability | None = None, readonly: bool = False
-    ) -> Path:
+    def use(self, volume_id: str, *, capability: csi.VolumeCapability | None = None, readonly: bool = False) -> Path:
         """Attach, stage and publish as for a pod; gives the target path."""
         context = self.attach(volume_id, capability=capability, readonly=readonly)
         self.stage(volume_id, context, capability=capability)

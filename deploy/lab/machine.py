@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,8 +49,8 @@ def wait_for(what: str, attempt: Callable[[], T | None], *, timeout_s: float = 1
 
 def mounted_at(path: Path | str) -> bool:
     """Say whether something is mounted at exactly this path, without touching it."""
-    with open("/proc/self/mountinfo", encoding="utf-8") as table:
-        return any(line.split(" ")[4] == str(path) for line in table)
+    table = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+    return any(line.split(" ")[4] == str(path) for line in table.splitlines())
 
 
 def run(*argv: str | Path, timeout_s: float = 60.0, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -240,7 +241,7 @@ class Machine:
         self.node_process = Process(arguments, self.base / "node.log")
         self._wait_ready(self.node_process, self.base / "n.sock")
         for directory in self.directories.values():
-            wait_for("the node's record", lambda d=directory: any((d / "nodes").glob("*.json")))
+            wait_for("the node's record", partial(_holds_json, directory / "nodes"))
 
     def _wait_ready(self, process: Process, socket: Path) -> None:
         def probe() -> bool:
@@ -306,12 +307,15 @@ class Machine:
         self.close()
 
 
+def _holds_json(directory: Path) -> bool:
+    return any(directory.glob("*.json"))
+
+
 def _mounts_below(base: Path, *, but: Sequence[Path]) -> Iterator[str]:
-    with open("/proc/self/mountinfo", encoding="utf-8") as table:
-        for line in table.readlines():
-            target = line.split(" ")[4]
-            if target.startswith(f"{base}/") and Path(target) not in but:
-                yield target
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        target = line.split(" ")[4]
+        if target.startswith(f"{base}/") and Path(target) not in but:
+            yield target
 
 
 def _loops_below(base: Path) -> list[str]:

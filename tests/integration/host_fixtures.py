@@ -1,4 +1,6 @@
-"""Fixtures for what runs on a host: a measured QEMU, a directory on a stand-in pool, storage daemons that get cleaned up.
+"""Fixtures for what runs on a host: a measured QEMU, a directory on a stand-in pool, storage daemons.
+
+What a fixture starts or mounts it also ends, when the test has failed too.
 
 Use in a test module: `pytest_plugins = ["host_fixtures"]`. QEMU is taken from $CSI_QUOBYTE_QEMU_DIR, else from the
 cache that tests/tools/setup.sh fills, else from PATH.
@@ -124,7 +126,8 @@ def daemon_set(tools: QemuTools) -> Iterator[DaemonSet]:
     state_dir = tempfile.mkdtemp(prefix="csiq-")
     daemons = Daemons(tools, state_dir)
     yield DaemonSet(daemons, state_dir, secrets.token_hex(12))
-    for key in daemons.keys():
+    left = daemons.keys()
+    for key in left:
         kill_daemon(daemons, key)
         daemons.forget(key)
     shutil.rmtree(state_dir)

@@ -226,7 +226,9 @@ def test_detached_arguments_are_not_interpreted(spawned: Spawned) -> None:
 
 
 def test_detached_supervisor_outlives_signals_to_the_group(spawned: Spawned) -> None:
-    script = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nprint('ready', flush=True)\n"
+    script = (
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nprint('ready', flush=True)\n"
+    )
     detached = spawned.spawn(sys.executable, "-c", script + "time.sleep(1000)")
     wait_until(lambda: "ready" in command.log_tail(spawned.log_path), "the program has set its handler")
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):

@@ -1,9 +1,10 @@
 """The mount table, and mounts of every state: free, stacked, busy, dead (server killed) and hung (server stopped)."""
 
-import os
+import contextlib
 import secrets
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -73,6 +74,24 @@ def ext4(directory: Path) -> Iterator[loop.LoopDevice]:
         if mount.target.startswith(f"{directory}/"):
             subprocess.run(["umount", "-n", "-c", "-l", "--", mount.target], check=False, timeout=20)
     loop.release(tag, timeout_s=10)
+
+
+@contextlib.contextmanager
+def held_open(path: str) -> Iterator[int]:
+    """Keep a new file open in a process of its own; yields its pid.
+
+    Not in ours: every child that we start closes its copy of the descriptor, which asks the server (FUSE_FLUSH), and
+    with a stopped one neither the child nor we would come back.
+    """
+    script = "import sys; file = open(sys.argv[1], 'w'); print('open', flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", script, path]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"open\n"
+            yield holder.pid
+        finally:
+            holder.kill()
 
 
 def mount_tmpfs(target: str, *options: str) -> None:
@@ -217,7 +236,7 @@ def test_unmount_removes_all_stacked_mounts(target: str) -> None:
 
 def test_unmount_of_a_busy_working_mount_is_refused_with_the_users_names(target: str) -> None:
     mount_tmpfs(target)
-    with Path(target, "file").open("w"), pytest.raises(Refused, match=f"pid {os.getpid()} "):
+    with held_open(f"{target}/file") as pid, pytest.raises(Refused, match=f"pid {pid} "):
         mounts.unmount(target, timeout_s=5, lazy_after=True)
     Path(target, "sub").mkdir()
     mount_tmpfs(f"{target}/sub")
@@ -228,7 +247,7 @@ def test_unmount_of_a_busy_working_mount_is_refused_with_the_users_names(target:
 
 def test_hung_busy_mount_is_unmounted_lazily_within_the_limit(fuse: Server) -> None:
     server, mountpoint = fuse
-    with Path(mountpoint, "file").open("w"):
+    with held_open(f"{mountpoint}/file"):
         server.send_signal(signal.SIGSTOP)
         try:
             started = time.monotonic()
@@ -240,7 +259,7 @@ def test_hung_busy_mount_is_unmounted_lazily_within_the_limit(fuse: Server) -> N
             assert time.monotonic() - started < 10
             assert mounts.at(mountpoint) is None
         finally:
-            server.send_signal(signal.SIGCONT)  # before the file is closed, which asks the server
+            server.send_signal(signal.SIGCONT)  # the holder cannot end before
 
 
 def test_unmount_that_hangs_is_done_lazily_within_the_limit(fuse: Server, directory: Path) -> None:
@@ -275,7 +294,7 @@ def _released(tag: str) -> bool:
 
 def test_dead_busy_mount_is_unmounted_lazily(fuse: Server) -> None:
     server, mountpoint = fuse
-    with Path(mountpoint, "file").open("w"):
+    with held_open(f"{mountpoint}/file"):
         server.kill()
         server.wait(10)
         assert mounts.unmount(mountpoint, timeout_s=5, lazy_after=True) is Unmounted.LAZY
@@ -299,7 +318,7 @@ def test_busy_filesystem_on_a_dead_device_is_unmounted_lazily(fuse: Server, dire
     try:
         shell("mkfs.ext4", "-q", device.path)
         mounts.mount(device.path, str(target), fstype="ext4", options=[])
-        with Path(target, "file").open("w"):
+        with held_open(f"{target}/file"):
             with pytest.raises(Refused):
                 mounts.unmount(str(target), timeout_s=5, lazy_after=True)
             server.kill()

@@ -97,9 +97,7 @@ def test_no_qcow2_header_is_corrupt(tools: QemuTools, image_dir: Path, content: 
 
 
 @pytest.mark.parametrize(("features", "said"), [(1 << 2, "external file"), (1 << 5, "unknown"), (1 << 63, "unknown")])
-def test_refused_features_are_corrupt_everywhere(
-    tools: QemuTools, image_dir: Path, features: int, said: str
-) -> None:
+def test_refused_features_are_corrupt_everywhere(tools: QemuTools, image_dir: Path, features: int, said: str) -> None:
     chain = make_chain(tools, image_dir, 2)
     set_features(chain[0], features)
     for call in (
@@ -220,9 +218,10 @@ def test_convert_never_replaces_a_file(tools: QemuTools, image_dir: Path) -> Non
 
 
 def test_convert_that_takes_too_long_leaves_nothing(tools: QemuTools, image_dir: Path) -> None:
-    chain = [make_raw(image_dir, size_bytes=8 << 30)]
+    raw = make_raw(image_dir, size_bytes=256 * MIB)
+    write_image(tools, raw, 7, 0, 256 * MIB)
     with pytest.raises(command.CommandTimedOut):
-        qemu_img.convert(tools, chain, str(image_dir / "copy"), "raw", timeout_s=0.01)
+        qemu_img.convert(tools, [raw], str(image_dir / "copy"), "raw", timeout_s=0.05)
     assert not (image_dir / "copy").exists()
 
 

@@ -4,7 +4,7 @@
 Owns a run directory, given to the part as TMPDIR and, as the mark of everything it starts, as CSI_QUOBYTE_RUN in its
 environment. Both are inherited, by daemons in sessions of their own too. So at the end, what belongs to the run can be
 told from everything else on the machine: the processes with the mark, the mounts below the directory, the loop devices
-on files in it, and new loop devices whose file was served by a FUSE daemon that is gone.
+on files in it, and the driver's new loop devices whose storage daemon is gone.
 
 Always holds: what belongs to another run is not touched. A run whose keeper was itself killed (its lock on the owner
 file is free) is cleared by the next one. A part that succeeds but leaves something behind has failed.
@@ -32,6 +32,7 @@ from types import FrameType
 from typing import TextIO
 
 MARK = "CSI_QUOBYTE_RUN"
+LOOP_TAG = int.from_bytes(b"cq")  # the top two bytes of `sizelimit`, by which the driver finds its loop devices
 OWNER = ".csi-quobyte-run"
 PREFIX = "cq-"  # short: sockets live below, and a socket's path has at most 107 bytes
 
@@ -42,6 +43,7 @@ MNT_DETACH = 2
 SETTLE_S = 5  # daemons that were told to stop may still be writing their last bytes
 TERM_S = 10  # as long as a storage daemon may take to flush
 KILL_S = 5
+SERVER_S = 2  # longer than the kernel keeps what a FUSE server said of a file
 INTERRUPT_S = 20  # time for a test runner to undo what it did, after Ctrl-C
 UMOUNT_S = 10
 
@@ -69,6 +71,7 @@ class Loop:
 
     device: str
     backing: str
+    has_tag: bool
 
 
 def is_of(run: Path, pid: int) -> bool:
@@ -135,12 +138,12 @@ def mounts_of(run: Path, devices: frozenset[str]) -> list[Mount]:
 def has_no_server(device: str) -> bool:
     """Say whether the file of a loop device lies on a FUSE file system whose server is gone.
 
-    Asking for the status makes the kernel ask the server for the file's attributes: ENOTCONN is the sign. The name that
-    the driver wrote into the device is not told then. A server that hangs hangs the call: no answer within 2 s means no.
+    Asking for the device's status makes the kernel ask the server for the file's attributes: ENOTCONN is the sign, but
+    only once the kernel forgot what it knew (after a second). A server that hangs hangs the call: no answer means no.
     """
     answer: list[bool] = []
 
-    def ask() -> None:
+    def ask() -> bool:
         try:
             handle = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -148,34 +151,39 @@ def has_no_server(device: str) -> bool:
             finally:
                 os.close(handle)
         except OSError as error:
-            answer.append(error.errno == errno.ENOTCONN)
+            return error.errno == errno.ENOTCONN
+        return False
 
-    asking = threading.Thread(target=ask, daemon=True)
+    asking = threading.Thread(target=lambda: answer.append(wait_until(ask, SERVER_S)), daemon=True)
     asking.start()
-    asking.join(2)
+    asking.join(SERVER_S + 1)
     return any(answer)
 
 
 def loops() -> list[Loop]:
     """Return every bound loop device of the machine, by what sysfs says: that never waits for a backing file."""
     found = []
-    for entry in Path("/sys/block").glob("loop*"):
+    for entry in Path("/sys/block").glob("loop*/loop"):
         with contextlib.suppress(OSError):  # not bound
-            found.append(Loop(f"/dev/{entry.name}", (entry / "loop" / "backing_file").read_text().rstrip("\n")))
+            backing = (entry / "backing_file").read_text().rstrip("\n")
+            has_tag = int((entry / "sizelimit").read_text()) >> 48 == LOOP_TAG
+            found.append(Loop(f"/dev/{entry.parent.name}", backing, has_tag))
     return found
 
 
 def loops_of(run: Path, before: frozenset[str] | None) -> list[Loop]:
     """Return the loop devices of `run`: on its files, or lost by it and not in `before` (None: not known).
 
-    A lost one had a file served by FUSE, whose server and mount are gone: then the kernel has no path for it but "/"
-    or what was below the mount. A device whose server lives belongs to somebody, if only in another mount namespace.
+    A lost one is the driver's, and its file was served by a daemon that is gone, with its mount: for such a file the
+    kernel has no path but what was below the mount. One whose daemon lives belongs to somebody, if only in another
+    mount namespace. Those of two runs at once cannot be told apart, but a lost device serves nobody any more.
     """
 
     def is_lost(loop: Loop) -> bool:
-        if before is None or loop.device in before:
+        if before is None or loop.device in before or not loop.has_tag:
             return False
-        return not any(Path(loop.backing).is_relative_to(target) for target in served) and has_no_server(loop.device)
+        is_served = any(Path(loop.backing).is_relative_to(target) for target in served)
+        return not is_served and has_no_server(loop.device)
 
     served = [mount.target for mount in mount_table() if mount.fstype.startswith("fuse")]
     return [loop for loop in loops() if Path(loop.backing).is_relative_to(run) or is_lost(loop)]

@@ -1,0 +1,261 @@
+"""What a controller does on one pool, without gRPC, and how a test looks at what that has left.
+
+Owns: requests with sensible defaults, writing and reading disks through the recorded chain with the real qemu-io, and
+the two questions that end most tests: does `check` find anything, and is the pool as it was when it was new.
+"""
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from csi_quobyte.engine import check, collector
+from csi_quobyte.errors import Busy
+from csi_quobyte.host import qemu, qemu_img
+from csi_quobyte.operations import snapshots, volumes
+from csi_quobyte.operations.capacity import Provisioned
+from csi_quobyte.operations.snapshots import SnapshotRequest
+from csi_quobyte.operations.volumes import AttachRequest, CreateRequest
+from csi_quobyte.pool import images, records
+from csi_quobyte.pool.chain import chain_of
+from csi_quobyte.pool.records import (
+    Attachment,
+    LayerRecord,
+    LayerState,
+    NodeRecord,
+    SnapshotRecord,
+    Source,
+    VolumeRecord,
+    VolumeState,
+)
+from csi_quobyte.pool.sizes import MIB, SizeRange
+from csi_quobyte.pool.store import Store
+
+QEMU_DIR = os.environ.get("CSI_QUOBYTE_QEMU_DIR", "/var/cache/csi-quobyte/qemu/bin")
+OWNER = records.Owner(uid=os.geteuid(), gid=os.getegid())
+NODE = "node-1"
+SIZE_BYTES = 4 * MIB
+BLOCK_BYTES = 64 * 1024
+_QEMU_IO_TIMEOUT_S = 20
+
+# a file's kind and size, a directory's children do not count
+Tree = dict[str, str]
+
+
+def tools() -> qemu.QemuTools:
+    """The QEMU that the tests use."""
+    return qemu.find_tools(QEMU_DIR)
+
+
+def tree(root: str | Path) -> Tree:
+    """Everything in a pool except what no operation owns: the reserve and the nodes' records."""
+    found: Tree = {}
+    for directory, names, files in os.walk(root):
+        if directory == str(root):
+            names[:] = [name for name in names if name not in {"reserve", "nodes"}]
+        for name in (*names, *files):
+            path = Path(directory, name)
+            found[str(path.relative_to(root))] = "directory" if path.is_dir() else f"{path.stat().st_size} bytes"
+    return found
+
+
+def new_request(name: str, **changes: object) -> CreateRequest:
+    """A CreateVolume request for 4 MiB of qcow2 with ext4, with the given fields changed."""
+    plain = CreateRequest(
+        name=name,
+        size=SizeRange(SIZE_BYTES),
+        image_format="qcow2",
+        preallocation="off",
+        data_path="auto",
+        access_type="mount",
+        filesystem="ext4",
+        mkfs_options=(),
+        source=None,
+        kubernetes={},
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def read_disk(store: Store, layer_id: str) -> str:
+    """The json: name of what a layer shows through its recorded chain, for reading."""
+    chain = chain_of(layer_id, store.find_layer)
+    layers = [qemu.ImageLayer(layer.id, store.image_path(layer), layer.format) for layer in reversed(chain)]
+    return qemu_img.chain_json(layers)
+
+
+def _write_disk(store: Store, layer_id: str) -> str:
+    """The json: name of a head for writing: every layer named by the records, the lower ones read-only."""
+    node: dict[str, object] | None = None
+    for layer in reversed(chain_of(layer_id, store.find_layer)):
+        is_head = layer.id == layer_id
+        file = {"driver": "file", "filename": store.image_path(layer), "read-only": not is_head}
+        below = {"backing": node} if layer.format == "qcow2" else {}
+        node = {"driver": layer.format, "file": file, "read-only": not is_head, **below}
+    return "json:" + json.dumps(node)
+
+
+def qemu_io(disk: str, *commands: str, read_only: bool) -> int:
+    """Run qemu-io commands on a disk; 1 is its answer when a pattern is not what was read."""
+    arguments = [argument for command in commands for argument in ("-c", command)]
+    mode = ["-r"] if read_only else []
+    done = subprocess.run(
+        [f"{QEMU_DIR}/qemu-io", *mode, *arguments, disk],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=_QEMU_IO_TIMEOUT_S,
+    )
+    if done.returncode and "Pattern verification failed" not in done.stdout:
+        raise RuntimeError(f"qemu-io {commands} on {disk}: {done.stdout}{done.stderr}")
+    return done.returncode
+
+
+@dataclass
+class Kit:
+    """One controller on one store. Names are CSI names; `released` holds what the collector was told."""
+
+    store: Store
+    provisioned: Provisioned = field(default_factory=Provisioned)
+    released: list[str | None] = field(default_factory=list)
+
+    # --- operations --------------------------------------------------------------------------------------------
+
+    def volume_id(self, name: str) -> str:
+        return records.volume_id(self.store.prefix, name)
+
+    def snapshot_id(self, name: str) -> str:
+        return records.snapshot_id(self.store.prefix, name)
+
+    def from_volume(self, name: str) -> Source:
+        return Source(kind="volume", id=self.volume_id(name))
+
+    def from_snapshot(self, name: str) -> Source:
+        return Source(kind="snapshot", id=self.snapshot_id(name))
+
+    def create(self, name: str, **changes: object) -> VolumeRecord:
+        """CreateVolume; a source without a size takes the source's."""
+        if "source" in changes and "size" not in changes:
+            changes["size"] = SizeRange()
+        return volumes.create(self.store, new_request(name, **changes), self.provisioned, self.released.append)
+
+    def delete(self, name: str) -> None:
+        volumes.delete(self.store, self.volume_id(name), self.provisioned, self.released.append)
+
+    def snapshot(self, name: str, of: str) -> SnapshotRecord:
+        request = SnapshotRequest(name=name, source_volume=self.volume_id(of), kubernetes={})
+        return snapshots.create(self.store, request, self.released.append)
+
+    def delete_snapshot(self, name: str) -> None:
+        snapshots.delete(self.store, self.snapshot_id(name), self.released.append)
+
+    def add_node(self, node: str = NODE) -> None:
+        self.store.put_node(NodeRecord(id=node, driver_version="test", started_at=records.now()))
+
+    def attach(self, name: str, *, node: str = NODE, **changes: object) -> Attachment:
+        request = AttachRequest(
+            volume_id=self.volume_id(name),
+            node=node,
+            readonly=False,
+            access_mode="SINGLE_NODE_WRITER",
+            access_type="mount",
+            filesystem="ext4",
+        )
+        return volumes.attach(self.store, replace(request, **changes))  # type: ignore[arg-type]
+
+    def detach(self, name: str, *, node: str = NODE) -> None:
+        volumes.detach(self.store, self.volume_id(name), node)
+
+    def expand(self, name: str, size_bytes: int, *, limit_bytes: int = 0) -> VolumeRecord:
+        wanted = SizeRange(size_bytes, limit_bytes)
+        return volumes.expand(self.store, self.volume_id(name), wanted, self.provisioned)
+
+    # --- contents ----------------------------------------------------------------------------------------------
+
+    def write(self, name: str, pattern: int, *, block: int = 0) -> None:
+        """Fill one block of a detached volume with a byte."""
+        disk = _write_disk(self.store, self.store.volume(self.volume_id(name)).head)
+        qemu_io(disk, f"write -P {pattern} {block * BLOCK_BYTES} {BLOCK_BYTES}", read_only=False)
+
+    def layer_holds(self, layer_id: str, *patterns: int) -> bool:
+        """Say whether the first blocks of what a layer shows are filled with these bytes."""
+        commands = [f"read -P {byte} {block * BLOCK_BYTES} {BLOCK_BYTES}" for block, byte in enumerate(patterns)]
+        return qemu_io(read_disk(self.store, layer_id), *commands, read_only=True) == 0
+
+    def holds(self, name: str, *patterns: int) -> bool:
+        return self.layer_holds(self.store.volume(self.volume_id(name)).head, *patterns)
+
+    def snapshot_holds(self, name: str, *patterns: int) -> bool:
+        return self.layer_holds(self.store.snapshot(self.snapshot_id(name)).layer, *patterns)
+
+    def grow_image(self, name: str) -> None:
+        """Do what the node does at the next stage after an expansion: the head's image gets the record's size."""
+        volume = self.store.volume(self.volume_id(name))
+        head = self.store.layer(volume.head)
+        argv = [f"{QEMU_DIR}/qemu-img", "resize", "-q", "-f", head.format, self.store.image_path(head)]
+        subprocess.run([*argv, str(volume.size_bytes)], check=True, timeout=_QEMU_IO_TIMEOUT_S, capture_output=True)
+
+    def chain(self, name: str) -> tuple[LayerRecord, ...]:
+        return chain_of(self.store.volume(self.volume_id(name)).head, self.store.find_layer)
+
+    # --- looking -----------------------------------------------------------------------------------------------
+
+    def check(self) -> list[check.Finding]:
+        """All findings of `check`, with the real qemu-img looking into every image."""
+        found = tools()
+
+        def check_image(path: str, image_format: str) -> tuple[int, int]:
+            result = qemu_img.check(found, path, "raw" if image_format == "raw" else "qcow2")
+            return result.errors + result.corruptions, result.leaks
+
+        return check.check(self.store, check_image).findings
+
+    def findings(self) -> set[str]:
+        """The kinds of what `check` finds, without looking into the images."""
+        return {finding.kind for finding in check.check(self.store, lambda path, image_format: (0, 0)).findings}
+
+    def errors(self) -> list[check.Finding]:
+        """The findings that are damage, without looking into the images."""
+        found = check.check(self.store, lambda path, image_format: (0, 0)).findings
+        return [finding for finding in found if finding.severity == "error"]
+
+    def sweep_until_quiet(self, timeout_s: float = 10.0) -> None:
+        """Collect until a pass does nothing and nothing is left that a pass may still have to wait for."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                if not collector.sweep(self.store) and "stale-claim" not in self.findings():
+                    return
+            except Busy:
+                pass
+            assert time.monotonic() < deadline, f"the collector does not come to rest: {self.findings()}"
+
+    def delete_everything(self, timeout_s: float = 10.0) -> None:
+        """Delete all volumes and snapshots through the operations, and let the collector end."""
+        deadline = time.monotonic() + timeout_s
+        while ids := [*self.store.volume_ids(), *self.store.snapshot_ids()]:
+            for record_id in ids:
+                try:
+                    self._delete_id(record_id)
+                except Busy:
+                    assert time.monotonic() < deadline, f"{record_id} cannot be deleted"
+        self.sweep_until_quiet()
+
+    def _delete_id(self, record_id: str) -> None:
+        if "-snap-" in record_id:
+            snapshots.delete(self.store, record_id, self.released.append)
+            return
+        volumes.detach(self.store, record_id, "")
+        volumes.delete(self.store, record_id, self.provisioned, self.released.append)
+
+    def consistency(self) -> None:
+        """Assert what must hold of every finished object, whatever happened before."""
+        for volume_id in self.store.volume_ids():
+            volume = self.store.volume(volume_id)
+            if volume.state is not VolumeState.READY:
+                continue
+            chain = chain_of(volume.head, self.store.find_layer)
+            assert all(layer.state is LayerState.FROZEN for layer in chain[1:]), f"{volume_id}: {chain}"
+            head_bytes = images.virtual_size_bytes(self.store, chain[0])
+            assert head_bytes <= volume.size_bytes, f"the image of {volume_id} is larger than its record says"
