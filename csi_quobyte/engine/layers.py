@@ -154,12 +154,13 @@ def freeze(store: Store, volume: VolumeRecord, next_id: str) -> VolumeRecord:
     frozen; a crash in between is finished by calling again or by `finish_freeze`.
 
     Raises:
-        Refused: the volume is attached.
+        Refused: the volume is attached, or a storage daemon has its head open all the same.
     """
     if volume.head != next_id:
         if volume.attachments:
             raise Refused(f"volume {volume.id} is attached to node {volume.attachments[0].node}")
         old = store.layer(volume.head)
+        store.check_not_written(old)
         store.mark(old.id, child_marker(next_id))
         make_overlay(store, next_id, volume_marker(volume), parent=old, size_bytes=volume.size_bytes)
         # die here: the new overlay is nobody's head yet; the intent's owner goes on or undoes it

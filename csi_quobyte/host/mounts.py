@@ -138,7 +138,7 @@ def unmount(target: str, *, timeout_s: float, lazy_after: bool) -> Unmounted:
     Raises:
         InvalidArgument: `target` is not absolute and normalised.
         Refused: a working filesystem is in use; the message names by whom, as far as /proc shows it.
-        Unavailable: not done in time, or dead and busy, and `lazy_after` is false; still mounted.
+        Unavailable: not done in time, or dead and busy, and `lazy_after` is false; the outcome is unknown.
     """
     _check_path(target)
     deadline = time.monotonic() + timeout_s
@@ -149,7 +149,9 @@ def unmount(target: str, *, timeout_s: float, lazy_after: bool) -> Unmounted:
             return outcome
         clean = _unmount_plainly(found, max(0.1, deadline - time.monotonic()), lazy_after=lazy_after)
         if not clean:
-            command.run(["umount", "-n", "--no-canonicalize", "--lazy", "--", target], timeout_s=_LAZY_TIMEOUT_S)
+            # umount(2) detaches first and writes afterwards: one that hangs may have left the table already.
+            if not _is_gone(found):
+                command.run(["umount", "-n", "--no-canonicalize", "--lazy", "--", target], timeout_s=_LAZY_TIMEOUT_S)
             outcome = Unmounted.LAZY
         elif outcome is Unmounted.NOT_MOUNTED:
             outcome = Unmounted.CLEAN
@@ -249,7 +251,7 @@ def _unmount_plainly(mounted: Mount, timeout_s: float, *, lazy_after: bool) -> b
     except command.CommandTimedOut:
         if not lazy_after:
             raise
-        return _is_gone(mounted)
+        return False
     except command.CommandFailed as error:
         if _is_gone(mounted):
             return True

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from csi_quobyte.errors import Corrupt, Exhausted
 from csi_quobyte.pool.records import Preallocation
+from csi_quobyte.pool.sizes import GRANULARITY_BYTES
 from csi_quobyte.pool.store import Store
 
 _RECOUNT_AFTER_S = 60.0
@@ -58,14 +59,14 @@ def _count(store: Store) -> int:
 
 
 def available_bytes(store: Store, provisioned: Provisioned, preallocation: Preallocation) -> int:
-    """Give the size of the largest volume that CreateVolume would accept now, never below zero."""
+    """Give the size of the largest volume that CreateVolume would accept now, in whole MiB, never below zero."""
     settings = store.format.settings
     total, available = store.space()
     reserved = total * settings.reservedPercentage // 100
     physical = available - reserved
     virtual = int((total - reserved) * settings.maxOverSubscription) - provisioned.total_bytes(store)
     promised = physical if preallocation == "falloc" else int(physical * settings.maxOverSubscription)
-    return max(0, min(virtual, promised))
+    return max(0, min(virtual, promised)) // GRANULARITY_BYTES * GRANULARITY_BYTES
 
 
 def check_fits(store: Store, provisioned: Provisioned, more_bytes: int, preallocation: Preallocation) -> None:

@@ -138,6 +138,7 @@ class Node:
             _check_request(volume, request)
             _check_staging_path(request)
             key = self._key(volume.id)
+            fresh = self._is_fresh(key)
             try:
                 device = self._ensure_device(store, volume, attachment, request.staging_path)
                 if volume.access_type == "block":
@@ -145,10 +146,16 @@ class Node:
                 else:
                     _ensure_mounted(store, volume, attachment, device, request)
             except (Refused, Corrupt, NotFound, InvalidArgument):
-                # final: kubelet may never unstage what it believes was not staged
-                self._take_down(key, request.staging_path)
+                # final: the kubelet may never unstage what it believes was not staged. What was there before this
+                # call is left alone: a pod may be using it.
+                if fresh:
+                    self._release(key)
                 raise
             self._count_staged()
+
+    def _is_fresh(self, key: str) -> bool:
+        """Say whether nothing of a volume is on this node yet."""
+        return loop.find(loop.tag_of(TAG_PREFIX, key)) is None and self._daemons.find(key) is None
 
     def _attached(self, store: Store, volume_id: str, generation: int) -> tuple[VolumeRecord, Attachment]:
         """Give a volume and this node's attachment of it.
@@ -177,6 +184,7 @@ class Node:
         key, tag = self._key(volume.id), loop.tag_of(TAG_PREFIX, self._key(volume.id))
         if is_plain_loop(volume, chain):
             self._clear_dead(key, staging_path, expect_daemon=False)
+            store.check_not_written(chain[0])
             if not read_only:
                 store.grow_raw_image(chain[0], volume.size_bytes)
             backing = store.image_path(chain[0])

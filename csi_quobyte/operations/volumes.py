@@ -21,6 +21,7 @@ from csi_quobyte.errors import (
     Corrupt,
     DriverError,
     Exhausted,
+    InvalidArgument,
     NotFound,
     OutOfRange,
     Refused,
@@ -44,17 +45,22 @@ from csi_quobyte.pool.records import (
     child_marker,
     volume_marker,
 )
-from csi_quobyte.pool.sizes import GRANULARITY_BYTES, SizeRange
+from csi_quobyte.pool.sizes import GRANULARITY_BYTES, SizeRange, round_up
 from csi_quobyte.pool.store import Store
 
 log = logging.getLogger(__name__)
 
+DEFAULT_FILESYSTEM = "ext4"
 _FINAL = (Exhausted, NotFound, OutOfRange, Refused, Corrupt)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CreateRequest:
-    """A checked CreateVolume request. `minimum_bytes` is what the file system needs at least."""
+    """A checked CreateVolume request.
+
+    `filesystem` is empty for a block volume, and for a mount volume when the request does not say: then it is the
+    source's, or ext4. `minimum_bytes` is what the file system needs at least.
+    """
 
     name: str
     size: SizeRange
@@ -100,6 +106,7 @@ def create(store: Store, request: CreateRequest, provisioned: Provisioned, relea
     Raises:
         AlreadyExists: the name is taken by a volume made with other parameters.
         NotFound, Refused, OutOfRange: the source is missing, in the wrong state, attached, or larger than asked.
+        InvalidArgument: the source holds another file system.
         Exhausted: no space; nothing is left behind.
         Busy: another operation on this name or on the source is running.
     """
@@ -146,6 +153,7 @@ def _also_locked(store: Store, volume: VolumeRecord, held: Source | None) -> Abs
 
 def _write_intent(store: Store, volume_id: str, request: CreateRequest, provisioned: Provisioned) -> VolumeRecord:
     base = _find_base(store, request.source)
+    filesystem = _choose_filesystem(request, base.content)
     size_bytes = request.size.choose(source_bytes=base.size_bytes, minimum_bytes=request.minimum_bytes)
     check_fits(store, provisioned, size_bytes, request.preallocation)
     return store.create(
@@ -160,7 +168,7 @@ def _write_intent(store: Store, volume_id: str, request: CreateRequest, provisio
             preallocation=request.preallocation,
             data_path=request.data_path,
             access_type=request.access_type,
-            filesystem=request.filesystem,
+            filesystem=filesystem,
             mkfs_options=request.mkfs_options,
             created_at=records.now(),
             source=request.source,
@@ -170,6 +178,20 @@ def _write_intent(store: Store, volume_id: str, request: CreateRequest, provisio
             kubernetes=request.kubernetes,
         )
     )
+
+
+def _choose_filesystem(request: CreateRequest, content: Content | None) -> str:
+    """Give the file system of a new volume.
+
+    Raises:
+        InvalidArgument: the source holds another one than is asked for: it is never formatted over.
+    """
+    if request.access_type == "block":
+        return ""
+    holds = content.filesystem if content and content.state == "formatted" else ""
+    if request.filesystem and holds and request.filesystem != holds:
+        raise InvalidArgument(f"the source holds {holds}, the volume is asked for with {request.filesystem}")
+    return request.filesystem or holds or DEFAULT_FILESYSTEM
 
 
 def _find_base(store: Store, source: Source | None) -> _Base:
@@ -249,7 +271,7 @@ def check_same_request(volume: VolumeRecord, request: CreateRequest) -> None:
         "preallocation": (volume.preallocation, request.preallocation),
         "dataPath": (volume.data_path, request.data_path),
         "access type": (volume.access_type, request.access_type),
-        "file system": (volume.filesystem, request.filesystem),
+        "file system": (volume.filesystem, request.filesystem or volume.filesystem),
         "mkfsOptions": (" ".join(volume.mkfs_options), " ".join(request.mkfs_options)),
         "source": (volume.source, request.source),
     }
@@ -367,7 +389,7 @@ def expand(store: Store, volume_id: str, size: SizeRange, provisioned: Provision
     """
     with store.lock(volume_id):
         volume = ready_volume(store, volume_id)
-        wanted = max(volume.size_bytes, size.choose())
+        wanted = max(volume.size_bytes, round_up(size.required_bytes))
         if size.limit_bytes and wanted > size.limit_bytes:
             raise OutOfRange(f"volume {volume_id} has {wanted} bytes, which is above the limit of {size.limit_bytes}")
         if wanted > volume.size_bytes:

@@ -5,6 +5,7 @@ a limited time, and work that is not done by then goes on alone and keeps its lo
 """
 
 import contextvars
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -16,11 +17,16 @@ T = TypeVar("T")
 
 
 class Executor:
-    """A bounded number of threads for one thing that may hang; `name` is shown in the error."""
+    """A bounded number of threads for one thing that may hang; `name` is shown in the error.
 
-    def __init__(self, name: str, *, workers: int, timeout_s: float) -> None:
+    `callers` bounds how many calls may wait for it at once: those of a hung thing must not take up the places of all
+    others.
+    """
+
+    def __init__(self, name: str, *, workers: int, callers: int, timeout_s: float) -> None:
         self._name = name
         self._timeout_s = timeout_s
+        self._callers = threading.BoundedSemaphore(callers)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix=name)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
@@ -31,8 +37,16 @@ class Executor:
         """Do `work` and give its result.
 
         Raises:
-            Unavailable: it was not done within the time limit; if it had begun, it goes on.
+            Unavailable: it was not done within the time limit (if it had begun, it goes on), or too many wait already.
         """
+        if not self._callers.acquire(blocking=False):
+            raise Unavailable(f"too many calls wait for {self._name} already; try again")
+        try:
+            return self._wait(work)
+        finally:
+            self._callers.release()
+
+    def _wait(self, work: Callable[[], T]) -> T:
         future = self.submit(work)
         try:
             return future.result(self._timeout_s)

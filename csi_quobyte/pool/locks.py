@@ -15,27 +15,43 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from csi_quobyte.errors import Busy
+from csi_quobyte.errors import Busy, Unavailable
 from csi_quobyte.pool.steps import translated
 
 # Linux's <fcntl.h>; Python names F_OFD_SETLK from 3.9 on, but not on every libc.
+_F_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
 _F_OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 _OFFSETS = 1 << 62
 
 
-def _flock(kind: int, name: str) -> bytes:
-    """Give a struct flock for the one byte that stands for `name`."""
-    offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % _OFFSETS
-    return struct.pack("hhqqixxxx", kind, os.SEEK_SET, offset, 1, 0)
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of fcntl(2): l_type, l_whence, l_start, l_len, l_pid
+
+# QEMU's block/file-posix.c: whoever uses permission i of an image holds a lock on byte 100 + i; i = 1 is writing.
+_QEMU_WRITE_BYTE = 101
+
+
+def _flock(kind: int, offset: int) -> bytes:
+    """Give a struct flock for one byte."""
+    return _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0)
+
+
+def _offset_of(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % _OFFSETS
 
 
 def try_lock(fd: int, name: str) -> bool:
     """Lock the byte of `name` on an open lock file; False when another open file holds it. Closing `fd` unlocks."""
     try:
-        fcntl.fcntl(fd, _F_OFD_SETLK, _flock(fcntl.F_WRLCK, name))
+        fcntl.fcntl(fd, _F_OFD_SETLK, _flock(fcntl.F_WRLCK, _offset_of(name)))
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def is_written_by_qemu(fd: int) -> bool:
+    """Say whether some QEMU process has an image open for writing, as far as this mount's locks tell."""
+    found = fcntl.fcntl(fd, _F_OFD_GETLK, _flock(fcntl.F_WRLCK, _QEMU_WRITE_BYTE))
+    return int(_FLOCK.unpack(found)[0]) != fcntl.F_UNLCK
 
 
 class Locks:
@@ -52,14 +68,18 @@ class Locks:
 
         Raises:
             Busy: another thread or process has it.
+            Unavailable: the lock file is gone: the pool is not mounted any more.
         """
         with self._guard:
             if name in self._held:
                 raise Busy(f"another operation on {name} is running")
             self._held.add(name)
         try:
-            with translated(self._path):
-                fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                with translated(self._path):
+                    fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise Unavailable(f"{self._path} is gone: is the pool still mounted?") from error
             try:
                 with translated(self._path):
                     if not try_lock(fd, name):

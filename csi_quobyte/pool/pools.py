@@ -25,6 +25,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 WORKERS = 16
+CALLERS = 48  # as many calls as the server admits at once; several pools share them
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,17 @@ class Health:
 class Pool:
     """One configured pool, mounted or not."""
 
-    def __init__(self, spec: PoolSpec, *, require_mount: RequireMount, timeout_s: float) -> None:
+    def __init__(
+        self, spec: PoolSpec, *, require_mount: RequireMount, timeout_s: float, callers: int = CALLERS
+    ) -> None:
         self.name = spec.name
         self.path = spec.path
         self.prefix: str | None = None
         self._require_mount = require_mount
-        self._executor = Executor(f"pool {spec.name} ({spec.path})", workers=WORKERS, timeout_s=timeout_s)
-        self._prober = Executor(f"probe of pool {spec.name}", workers=1, timeout_s=timeout_s)
+        self._executor = Executor(
+            f"pool {spec.name} ({spec.path})", workers=WORKERS, callers=callers, timeout_s=timeout_s
+        )
+        self._prober = Executor(f"probe of pool {spec.name}", workers=1, callers=CALLERS, timeout_s=timeout_s)
         self._probe: tuple[Future[Health], float] | None = None
         self._guard = threading.Lock()
         self._store: Store | None = None
@@ -75,9 +80,13 @@ class Pool:
             raise Unavailable(str(error)) from error
         with self._guard:
             if self.prefix and fresh.prefix != self.prefix:
+                fresh.close()
                 raise Corrupt(
                     f"pool {self.name}: {self.path} is another pool ({fresh.prefix}) than before ({self.prefix})"
                 )
+            if self._store and self._store is not store:
+                fresh.close()  # another thread was faster
+                return self._store
             self._store, self.prefix = fresh, fresh.prefix
         # the old store is not closed: abandoned work may still use it, and its descriptors died with its mount
         log.info("pool %s (%s) opened, uuid %s", self.name, self.path, fresh.format.uuid)
@@ -90,7 +99,8 @@ class Pool:
                 self._probe = (self._prober.submit(self._look), time.monotonic())
             future, since = self._probe
         try:
-            found = future.result(wait_s)
+            # a look that began long ago is not waited for again
+            found = future.result(max(0.0, wait_s - (time.monotonic() - since)))
         except FutureTimeoutError:
             found = Health(False, f"has not answered for {time.monotonic() - since:.0f} s")
         telemetry.POOL_UP.labels(self.name).set(found.ok)
@@ -112,7 +122,10 @@ class Pools:
     """All pools of this process, by name and by the ids of what is in them."""
 
     def __init__(self, specs: Sequence[PoolSpec], *, require_mount: RequireMount, timeout_s: float) -> None:
-        self.all = tuple(Pool(spec, require_mount=require_mount, timeout_s=timeout_s) for spec in specs)
+        callers = max(WORKERS, CALLERS // max(1, len(specs)))
+        self.all = tuple(
+            Pool(spec, require_mount=require_mount, timeout_s=timeout_s, callers=callers) for spec in specs
+        )
 
     def named(self, name: str) -> Pool:
         """Give the pool of a StorageClass parameter; an empty name means the only one.

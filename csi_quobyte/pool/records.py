@@ -223,10 +223,11 @@ class PoolFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class Versioned:
-    """The part that all records share: their version."""
+    """The part that all records share: their version, and whose it is (`uid` is empty where ids are never reused)."""
 
     generation: int
     nonce: str
+    uid: str = ""
 
 
 Record = VolumeRecord | SnapshotRecord | LayerRecord | NodeRecord

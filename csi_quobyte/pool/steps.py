@@ -86,12 +86,15 @@ class Steps:
 
         Raises:
             Exhausted: no space; the temporary is removed.
+            Unavailable: the directory for it is gone: the pool is not mounted any more.
         """
         path = f"{self._temporary}/{self._token}.{secrets.token_hex(6)}"
         self._note("write", path)
         with translated(path):
             try:
                 self._fill(path, write, os.O_CREAT | os.O_EXCL)
+            except FileNotFoundError as error:
+                raise Unavailable(f"{self._temporary} is gone: is the pool still mounted?") from error
             except OSError as error:
                 with suppress(FileNotFoundError):
                     os.unlink(path)

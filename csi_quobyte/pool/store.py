@@ -1,7 +1,7 @@
 """The store: records, layers, markers and locks of one mounted pool. The only module that knows a path in it.
 
     format.json  lock  tmp/  reserve/  nodes/<digest>.json
-    volumes/<2 hex>/<id>.json            and <id>.content.json (written by the node that has it attached)
+    volumes/<2 hex>/<id>.json            and <id>.content-<uid> (written by the node that has it attached)
     snapshots/<2 hex>/<id>.json
     layers/<2 hex>/<id>.json  <id>.<format>  <id>.refs/<marker>
 
@@ -10,6 +10,7 @@ published by link(2) and never replaces another; a record changes by compare-and
 empty, and from then on nothing can refer to the layer again.
 """
 
+import logging
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import TypeVar
 
 from csi_quobyte.errors import Busy, Corrupt, NotFound, Refused, Unavailable
 from csi_quobyte.pool import records
-from csi_quobyte.pool.locks import Locks, try_lock
+from csi_quobyte.pool.locks import Locks, is_written_by_qemu, try_lock
 from csi_quobyte.pool.records import (
     Content,
     LayerRecord,
@@ -37,6 +38,7 @@ from csi_quobyte.pool.records import (
 from csi_quobyte.pool.steps import Observer, Ownership, Steps, translated, write_all, write_whole
 
 D = TypeVar("D")
+log = logging.getLogger(__name__)
 
 _SHARDED = ("volumes", "snapshots", "layers")
 _PLAIN = ("tmp", "reserve", "nodes")
@@ -73,6 +75,21 @@ def _names(directory: str) -> list[str]:
             return sorted(os.listdir(directory))
         except FileNotFoundError:
             return []
+
+
+def _identity_of(root: str) -> tuple[int, int, int] | None:
+    """Give what tells one mounted pool from another: device, inode and time of format.json; None without one.
+
+    The device number alone would not do: the kernel gives it to the next mount. An edited format.json counts as
+    another pool, so that its settings are read.
+    """
+    path = f"{root}/format.json"
+    with translated(path):
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def read_format(root: str) -> PoolFormat:
@@ -164,8 +181,7 @@ class Store:
         """
         self.root = root
         self.format = read_format(root)
-        with translated(root):
-            self._device = os.stat(root).st_dev
+        self._identity = _identity_of(root)
         self.locks = Locks(f"{root}/lock")
         self._token = uuid.uuid4().hex[:16]
         self._token_fd = self._lock_token()
@@ -193,16 +209,12 @@ class Store:
         return self.format.prefix
 
     def is_same_mount(self) -> bool:
-        """Say whether `root` still is the mount that this store was opened on.
+        """Say whether `root` still is the mount that this store was opened on, with the same format.json.
 
         Raises:
             Unavailable: the mount does not answer.
         """
-        with translated(self.root):
-            try:
-                return os.stat(self.root).st_dev == self._device
-            except FileNotFoundError:
-                return False
+        return self._identity is not None and _identity_of(self.root) == self._identity
 
     def space(self) -> tuple[int, int]:
         """Give the total and the available bytes of the mounted volume."""
@@ -436,18 +448,28 @@ class Store:
             self._finish_claim(path, claim)
 
     def _finish_claim(self, path: str, claim: str) -> None:
+        """Rename a dead writer's claim over its record if it is the next version of the same object, else drop it."""
         number = int(claim.rpartition(".g")[2])
-        record, claimed = self._generation(path), self._generation(claim)
-        if record == number - 1 and claimed == number:
+        record = self._find(records.Versioned, path)
+        try:
+            claimed = self._find(records.Versioned, claim)
+        except Corrupt as error:
+            log.error("a claim that cannot be read is dropped: %s", error)
+            claimed = None
+        # the uid: a claim that lost its comparison may outlive its object and meet the next one of that name
+        if (
+            record
+            and claimed
+            and (record.generation, claimed.generation, claimed.uid)
+            == (
+                number - 1,
+                number,
+                record.uid,
+            )
+        ):
             self._steps.rename(claim, path)
         else:
             self._steps.discard(claim)
-
-    def _generation(self, path: str) -> int | None:
-        data = _read(path)
-        if data is None:
-            return None
-        return records.decode(records.Versioned, data, where=path).generation
 
     def remove_damaged(self, folder: str, record_id: str) -> None:
         """Remove a record that cannot be read, at the explicit wish to delete it; its layers stay for the collector."""
@@ -484,6 +506,28 @@ class Store:
     def remove_image(self, layer_id: str, file: str) -> None:
         """Remove a layer's image durably; gone already is success. Only after `condemn`, or for an undone intent."""
         self._steps.unlink(self._layer_file(layer_id, file))
+
+    def check_not_written(self, layer: LayerRecord) -> None:
+        """Check that no storage daemon has a layer's image open for writing, where this mount's locks can tell.
+
+        The third guard, after attachments and generations: it keeps a node that was detached by force and goes on
+        writing out of what is frozen or opened elsewhere.
+
+        Raises:
+            Refused: one has.
+            Corrupt: the file is missing.
+        """
+        path = self.image_path(layer)
+        with translated(path):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise Corrupt(f"layer {layer.id} has no image file {path}") from error
+            try:
+                if is_written_by_qemu(fd):
+                    raise Refused(f"a storage daemon still has {path} open for writing")
+            finally:
+                os.close(fd)
 
     def read_image(self, layer: LayerRecord, offset_bytes: int, length_bytes: int) -> bytes:
         """Give bytes of a layer's image file (not of the disk in it); fewer at its end.

@@ -10,13 +10,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from csi_quobyte.errors import InvalidArgument, OutOfRange
 from csi_quobyte.host.filesystem import MINIMUM_SIZE_BYTES, SUPPORTED, check_mount_options
 from csi_quobyte.operations.snapshots import SnapshotRequest
-from csi_quobyte.operations.volumes import AttachRequest, CreateRequest
+from csi_quobyte.operations.volumes import DEFAULT_FILESYSTEM, AttachRequest, CreateRequest
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pool.records import AccessType, SnapshotRecord, Source, VolumeRecord
 from csi_quobyte.pool.sizes import GRANULARITY_BYTES, SizeRange
 from csi_quobyte.rpc import parameters
 
-DEFAULT_FILESYSTEM = "ext4"
 NAME_BYTES = 128
 ID_BYTES = 192
 
@@ -155,10 +154,11 @@ def create_request(
     checked = capabilities(request.volume_capabilities)
     access_type = checked[0].access_type
     filesystem = _filesystem(checked, given) if access_type == "mount" else ""
+    to_make = filesystem or (DEFAULT_FILESYSTEM if access_type == "mount" else "")
     if source and given.preallocation != "off":
         raise InvalidArgument(f"preallocation {given.preallocation} is not possible with a source: it shares its space")
     size = size_range(request.capacity_range if request.HasField("capacity_range") else None)
-    minimum_bytes = MINIMUM_SIZE_BYTES.get(filesystem, GRANULARITY_BYTES)
+    minimum_bytes = MINIMUM_SIZE_BYTES.get(to_make, GRANULARITY_BYTES)
     return CreateRequest(
         name=name(request.name, "volume"),
         size=size,
@@ -167,7 +167,7 @@ def create_request(
         data_path=given.data_path,
         access_type=access_type,
         filesystem=filesystem,
-        mkfs_options=parameters.mkfs_options(filesystem, given.mkfs_options),
+        mkfs_options=parameters.mkfs_options(to_make, given.mkfs_options),
         source=source,
         minimum_bytes=minimum_bytes,
         kubernetes=given.kubernetes,
@@ -175,8 +175,9 @@ def create_request(
 
 
 def _filesystem(checked: Iterable[Capability], given: parameters.VolumeParameters) -> str:
-    named = next((one.filesystem for one in checked if one.filesystem), "") or given.filesystem or DEFAULT_FILESYSTEM
-    if named not in SUPPORTED:
+    """Give the file system that a request names, in a capability or as a parameter; empty when it names none."""
+    named = next((one.filesystem for one in checked if one.filesystem), "") or given.filesystem
+    if named and named not in SUPPORTED:
         raise InvalidArgument(f"file system {named!r} is not supported; supported: {', '.join(SUPPORTED)}")
     return named
 

@@ -35,7 +35,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         self._pools = pools
         self._node_id = node_id
         self._max_volumes = max_volumes
-        self._local = Executor(f"node {node_id}", workers=LOCAL_WORKERS, timeout_s=timeout_s)
+        self._local = Executor(f"node {node_id}", workers=LOCAL_WORKERS, callers=LOCAL_WORKERS, timeout_s=timeout_s)
 
     def NodeStageVolume(
         self, request: csi.NodeStageVolumeRequest, context: grpc.ServicerContext

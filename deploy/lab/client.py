@@ -20,15 +20,13 @@ def mount_capability(
     """A capability of a mounted volume."""
     return csi.VolumeCapability(
         mount=csi.VolumeCapability.MountVolume(fs_type=filesystem, mount_flags=options),
-        access_mode=Modes(mode=Modes.Mode.Value(mode)),
+        access_mode=Modes(mode=mode),
     )
 
 
 def block_capability(*, mode: str = "SINGLE_NODE_WRITER") -> csi.VolumeCapability:
     """A capability of a raw block volume."""
-    return csi.VolumeCapability(
-        block=csi.VolumeCapability.BlockVolume(), access_mode=Modes(mode=Modes.Mode.Value(mode))
-    )
+    return csi.VolumeCapability(block=csi.VolumeCapability.BlockVolume(), access_mode=Modes(mode=mode))
 
 
 class Client:
@@ -63,7 +61,8 @@ class Client:
             request.volume_content_source.snapshot.snapshot_id = snapshot
         if volume:
             request.volume_content_source.volume.volume_id = volume
-        return self.controller.CreateVolume(request, timeout=TIMEOUT_S).volume
+        made: csi.Volume = self.controller.CreateVolume(request, timeout=TIMEOUT_S).volume
+        return made
 
     def delete(self, volume_id: str) -> None:
         """DeleteVolume."""
@@ -72,7 +71,8 @@ class Client:
     def snapshot(self, name: str, volume_id: str, **parameters: str) -> csi.Snapshot:
         """CreateSnapshot."""
         request = csi.CreateSnapshotRequest(name=name, source_volume_id=volume_id, parameters=parameters)
-        return self.controller.CreateSnapshot(request, timeout=TIMEOUT_S).snapshot
+        made: csi.Snapshot = self.controller.CreateSnapshot(request, timeout=TIMEOUT_S).snapshot
+        return made
 
     def delete_snapshot(self, snapshot_id: str) -> None:
         """DeleteSnapshot."""
@@ -83,7 +83,8 @@ class Client:
         request = csi.ControllerExpandVolumeRequest(
             volume_id=volume_id, capacity_range=csi.CapacityRange(required_bytes=size_bytes)
         )
-        return self.controller.ControllerExpandVolume(request, timeout=TIMEOUT_S).capacity_bytes
+        new_bytes: int = self.controller.ControllerExpandVolume(request, timeout=TIMEOUT_S).capacity_bytes
+        return new_bytes
 
     def attach(
         self,
@@ -100,7 +101,8 @@ class Client:
             readonly=readonly,
             volume_capability=capability or mount_capability(),
         )
-        return self.controller.ControllerPublishVolume(request, timeout=TIMEOUT_S).publish_context
+        context: Mapping[str, str] = self.controller.ControllerPublishVolume(request, timeout=TIMEOUT_S).publish_context
+        return context
 
     def detach(self, volume_id: str, *, node: str = NODE_ID) -> None:
         """ControllerUnpublishVolume."""
@@ -169,12 +171,14 @@ class Client:
     def node_expand(self, volume_id: str, path: Path) -> int:
         """NodeExpandVolume; gives the size."""
         request = csi.NodeExpandVolumeRequest(volume_id=volume_id, volume_path=str(path))
-        return self.node.NodeExpandVolume(request, timeout=TIMEOUT_S).capacity_bytes
+        new_bytes: int = self.node.NodeExpandVolume(request, timeout=TIMEOUT_S).capacity_bytes
+        return new_bytes
 
     def stats(self, volume_id: str, path: Path) -> Sequence[csi.VolumeUsage]:
         """NodeGetVolumeStats."""
         request = csi.NodeGetVolumeStatsRequest(volume_id=volume_id, volume_path=str(path))
-        return self.node.NodeGetVolumeStats(request, timeout=TIMEOUT_S).usage
+        usage: Sequence[csi.VolumeUsage] = self.node.NodeGetVolumeStats(request, timeout=TIMEOUT_S).usage
+        return usage
 
     # --- whole ways --------------------------------------------------------------------------------------------
 

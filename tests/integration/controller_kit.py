@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from csi_quobyte.engine import check, collector
+from csi_quobyte.engine import check as check_module
+from csi_quobyte.engine import collector
 from csi_quobyte.errors import Busy
 from csi_quobyte.host import qemu, qemu_img
 from csi_quobyte.operations import snapshots, volumes
@@ -201,7 +202,7 @@ class Kit:
 
     # --- looking -----------------------------------------------------------------------------------------------
 
-    def check(self) -> list[check.Finding]:
+    def check(self) -> list[check_module.Finding]:
         """All findings of `check`, with the real qemu-img looking into every image."""
         found = tools()
 
@@ -209,15 +210,15 @@ class Kit:
             result = qemu_img.check(found, path, "raw" if image_format == "raw" else "qcow2")
             return result.errors + result.corruptions, result.leaks
 
-        return check.check(self.store, check_image).findings
+        return check_module.check(self.store, check_image).findings
 
     def findings(self) -> set[str]:
         """The kinds of what `check` finds, without looking into the images."""
-        return {finding.kind for finding in check.check(self.store, lambda path, image_format: (0, 0)).findings}
+        return {finding.kind for finding in check_module.check(self.store, lambda path, image_format: (0, 0)).findings}
 
-    def errors(self) -> list[check.Finding]:
+    def errors(self) -> list[check_module.Finding]:
         """The findings that are damage, without looking into the images."""
-        found = check.check(self.store, lambda path, image_format: (0, 0)).findings
+        found = check_module.check(self.store, lambda path, image_format: (0, 0)).findings
         return [finding for finding in found if finding.severity == "error"]
 
     def sweep_until_quiet(self, timeout_s: float = 10.0) -> None:

@@ -419,7 +419,7 @@ def test_export_does_not_grow_by_writing(tools: QemuTools, daemon_set: DaemonSet
     daemon, path = start(daemon_set, make_chain(tools, image_dir))
     fd = os.open(path, os.O_RDWR)
     try:
-        with pytest.raises(OSError) as caught:  # noqa: PT011
+        with pytest.raises(OSError) as caught:
             os.pwrite(fd, b"x" * 4096, SIZE_BYTES)
         assert caught.value.errno in (errno.EFBIG, errno.ENOSPC, errno.EIO)
     finally:

@@ -1,0 +1,583 @@
+#!/usr/bin/env python3
+"""The benchmark: one run, one table, in which each figure stands beside what it is to be compared with.
+
+Owns how each figure is taken (bench/README.md says it in words). Hides the machine that is set up and taken down.
+
+Always holds: nothing is asserted about time, only about results: a call that fails fails the run. What is compared is
+measured alternately, so that a machine that gets slower meanwhile slows both. Data never goes through the stand-in.
+"""
+
+import argparse
+import contextlib
+import cProfile
+import itertools
+import json
+import os
+import platform
+import pstats
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import psutil
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]  # the script is started by its path, from a tree that is not installed
+
+from lab.client import Client, mount_capability  # noqa: E402
+from lab.machine import GIB, QEMU_DIR, Machine, Process, run, wait_for  # noqa: E402
+
+from csi_quobyte.operations import volumes  # noqa: E402
+from csi_quobyte.operations.capacity import Provisioned  # noqa: E402
+from csi_quobyte.operations.volumes import CreateRequest  # noqa: E402
+from csi_quobyte.pb import csi_pb2 as csi  # noqa: E402
+from csi_quobyte.pool.sizes import SizeRange  # noqa: E402
+from csi_quobyte.pool.store import Store  # noqa: E402
+
+MIB = 1 << 20
+LARGE_BYTES = 100 * GIB
+FLOOR_BYTES = 1024
+COLLECT_TIMEOUT_S = 60.0
+EXT4 = mount_capability("ext4")
+PROFILED_CALLS = 200
+PROFILE_LINES = 20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often each operation is measured."""
+
+    create: int
+    snapshot: int
+    predecessor: int
+    attach: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: samples in milliseconds, or one amount of memory in bytes; the other one is empty."""
+
+    group: str
+    what: str
+    samples_ms: tuple[float, ...] = ()
+    memory_bytes: int = 0
+    ratio: float | None = None
+    ratio_to: str = ""
+    wanted: str = ""
+
+    @property
+    def median_ms(self) -> float:
+        """The middle one of the samples."""
+        return statistics.median(self.samples_ms)
+
+    @property
+    def p95_ms(self) -> float:
+        """What 95 of 100 samples are not above; the largest one when there are fewer than 20."""
+        return sorted(self.samples_ms)[min(len(self.samples_ms) - 1, int(len(self.samples_ms) * 0.95))]
+
+
+def timed_ms(work: Callable[[], object]) -> float:
+    """Do `work` once and give the milliseconds that it took."""
+    begun_ns = time.perf_counter_ns()
+    work()
+    return (time.perf_counter_ns() - begun_ns) / 1e6
+
+
+def ratio(measured: Sequence[float], base: Sequence[float]) -> float:
+    """Give the ratio of two medians."""
+    return statistics.median(measured) / statistics.median(base)
+
+
+# --- the floor, and what the driver does against it --------------------------------------------------------------
+
+
+def floor(directory: Path, number: int) -> None:
+    """Make two small files durable: the least that a volume with an image and a record can cost."""
+    for name in (f"image-{number}", f"record-{number}"):
+        temporary = directory / f"{name}.tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"x" * FLOOR_BYTES)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.rename(directory / name)
+        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory_fd)
+        finally:
+            os.close(directory_fd)
+
+
+@contextlib.contextmanager
+def floor_directory(pool: Path) -> Iterator[Path]:
+    """A directory in the pool, so on the same file system and mount, for the floor's files; removed afterwards."""
+    directory = pool / "bench-floor"
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        for path in directory.iterdir():
+            path.unlink()
+        directory.rmdir()
+
+
+def wait_until_collected(machine: Machine) -> None:
+    """Wait until the collector has removed the layers of deleted volumes, so that it does not disturb what follows."""
+    layers = machine.directories["main"] / "layers"
+    wait_for("the collector", lambda: not any(layers.glob("*/*.json")), timeout_s=COLLECT_TIMEOUT_S)
+
+
+def create_into(made: list[str], client: Client, name: str) -> None:
+    """Make a blank volume of 1 GiB and add its id to `made`."""
+    made.append(client.create(name).volume_id)
+
+
+def snapshot_into(made: list[str], client: Client, name: str, volume_id: str) -> None:
+    """Make a snapshot and add its id to `made`."""
+    made.append(client.snapshot(name, volume_id).snapshot_id)
+
+
+def measure_create(machine: Machine, client: Client, count: int, group: str) -> list[Row]:
+    """Create and then delete blank volumes, alternating with the floor; the first of each is not counted."""
+    floors: list[float] = []
+    creates: list[float] = []
+    deletes: list[float] = []
+    calls: list[float] = []
+    probe = csi.GetPluginInfoRequest()
+    with floor_directory(machine.pool_path) as directory:
+        made: list[str] = []
+        for number in range(count + 1):
+            floors.append(timed_ms(partial(floor, directory, number)))
+            calls.append(timed_ms(lambda: client.identity.GetPluginInfo(probe, timeout=10)))
+            creates.append(timed_ms(partial(create_into, made, client, f"v{number}")))
+        delete_floors: list[float] = []
+        for number, volume_id in enumerate(made, start=count + 1):
+            delete_floors.append(timed_ms(partial(floor, directory, number)))
+            deletes.append(timed_ms(partial(client.delete, volume_id)))
+    wait_until_collected(machine)
+    floors, creates, calls, deletes, delete_floors = (
+        samples[1:] for samples in (floors, creates, calls, deletes, delete_floors)
+    )
+    return [
+        Row(group, "floor: two files, write + fsync + rename + fsync of the directory", tuple(floors)),
+        Row(group, "a call that does nothing (GetPluginInfo)", tuple(calls)),
+        Row(
+            group,
+            "CreateVolume, blank, 1 GiB",
+            tuple(creates),
+            ratio=ratio(creates, floors),
+            ratio_to="floor",
+            wanted="≤ 2.5" if machine.standins == {} else "",
+        ),
+        Row(
+            group,
+            "DeleteVolume (the layer is removed later)",
+            tuple(deletes),
+            ratio=ratio(deletes, delete_floors),
+            ratio_to="floor",
+        ),
+    ]
+
+
+# --- size must not matter ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SnapshotTimes:
+    """One series of copy-on-write operations on a volume whose head was written to, in milliseconds."""
+
+    snapshot_ms: float
+    restore_ms: float
+    clone_ms: float
+
+
+def write_into_head(store: Store, volume_id: str, size_bytes: int) -> None:
+    """Write 1 MiB at the beginning and at the end of a detached volume, so that its head is not untouched."""
+    path = store.image_path(store.layer(store.volume(volume_id).head))
+    commands = [f"write -q -P 7 0 {MIB}", f"write -q -P 7 {size_bytes - MIB} {MIB}"]
+    options = [part for command in commands for part in ("-c", command)]
+    run(QEMU_DIR / "qemu-io", "-f", "qcow2", *options, path)
+
+
+def snapshot_series(store: Store, client: Client, size_bytes: int) -> SnapshotTimes:
+    """Snapshot a written volume, restore the snapshot, write again and clone the volume; delete all of it."""
+    source = client.create("source", size_bytes).volume_id
+    write_into_head(store, source, size_bytes)
+    made: list[str] = []
+    snapshot_ms = timed_ms(partial(snapshot_into, made, client, "snapshot", source))
+    restore_ms = timed_ms(lambda: made.append(client.create("restored", size_bytes, snapshot=made[0]).volume_id))
+    write_into_head(store, source, size_bytes)
+    clone_ms = timed_ms(lambda: made.append(client.create("clone", size_bytes, volume=source).volume_id))
+    client.delete_snapshot(made[0])
+    for volume_id in (*made[1:], source):
+        client.delete(volume_id)
+    return SnapshotTimes(snapshot_ms, restore_ms, clone_ms)
+
+
+def measure_snapshots(machine: Machine, client: Client, count: int) -> list[Row]:
+    """Compare copy-on-write operations of a large volume with those of a small one; the first series is not counted."""
+    store = Store(str(machine.pool_path))
+    series: dict[int, list[SnapshotTimes]] = {GIB: [], LARGE_BYTES: []}
+    try:
+        for _ in range(count + 1):
+            for size_bytes, results in series.items():
+                results.append(snapshot_series(store, client, size_bytes))
+                wait_until_collected(machine)
+    finally:
+        store.close()
+    rows = []
+    for what, field in (
+        ("CreateSnapshot of a written volume", "snapshot_ms"),
+        ("CreateVolume from a snapshot (restore)", "restore_ms"),
+        ("CreateVolume from a written volume (clone)", "clone_ms"),
+    ):
+        small, large = ([getattr(one, field) for one in series[size][1:]] for size in (GIB, LARGE_BYTES))
+        rows.append(Row("copy on write", f"{what}, 1 GiB", tuple(small)))
+        rows.append(
+            Row(
+                "copy on write",
+                f"{what}, 100 GiB",
+                tuple(large),
+                ratio=ratio(large, small),
+                ratio_to="1 GiB",
+                wanted="about 1",
+            )
+        )
+    return rows
+
+
+# --- the predecessor ---------------------------------------------------------------------------------------------
+
+
+def predecessor_create(directory: Path, name: str) -> None:
+    """What the predecessor runs to create a qcow2 volume of 1 GiB (two processes)."""
+    path = directory / name
+    run(QEMU_DIR / "qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, str(GIB))
+    run("chmod", "ugo+rw", path)
+
+
+def predecessor_snapshot(directory: Path, base: str, overlay: str) -> None:
+    """What the predecessor runs to snapshot a detached volume that has snapshots already (four processes)."""
+    qemu_img, backing, path = QEMU_DIR / "qemu-img", directory / base, directory / overlay
+    run(qemu_img, "info", "--force-share", "-f", "qcow2", "--output=json", backing)
+    run(qemu_img, "create", "-q", "-f", "qcow2", "-o", f"backing_file={backing},backing_fmt=qcow2", path, str(GIB))
+    run(qemu_img, "rebase", "-u", "-b", base, "-F", "qcow2", path)
+    run("chmod", "ugo+rw", path)
+
+
+def measure_predecessor(directory: Path, client: Client, machine: Machine, count: int) -> list[Row]:
+    """Replay the predecessor's commands on the same disk, alternating with the driver's own operations."""
+    directory.mkdir()
+    starts: list[float] = []
+    creates: list[float] = []
+    snapshots: list[float] = []
+    ours_create: list[float] = []
+    ours_snapshot: list[float] = []
+    store = Store(str(machine.pool_path))
+    for number in range(count + 1):
+        starts.append(timed_ms(lambda: run(QEMU_DIR / "qemu-img", "--version")))
+        creates.append(timed_ms(partial(predecessor_create, directory, f"v{number}")))
+        snapshots.append(timed_ms(partial(predecessor_snapshot, directory, f"v{number}", f"s{number}")))
+        made: list[str] = []
+        ours_create.append(timed_ms(partial(create_into, made, client, "ours")))
+        write_into_head(store, made[0], GIB)
+        ours_snapshot.append(timed_ms(partial(snapshot_into, made, client, "ours", made[0])))
+        client.delete_snapshot(made[1])
+        client.delete(made[0])
+        wait_until_collected(machine)
+    store.close()
+    starts, creates, snapshots = starts[1:], creates[1:], snapshots[1:]
+    return [
+        Row("predecessor", "start of qemu-img (--version), for subtracting", tuple(starts)),
+        Row(
+            "predecessor",
+            "create: qemu-img create, chmod",
+            tuple(creates),
+            ratio=ratio(creates, ours_create[1:]),
+            ratio_to="our CreateVolume",
+        ),
+        Row(
+            "predecessor",
+            "snapshot: qemu-img info, create, rebase -u, chmod",
+            tuple(snapshots),
+            ratio=ratio(snapshots, ours_snapshot[1:]),
+            ratio_to="our CreateSnapshot",
+        ),
+    ]
+
+
+# --- attach ------------------------------------------------------------------------------------------------------
+
+
+def attach_calls(client: Client, volume_id: str) -> tuple[float, float, float]:
+    """Publish, stage and node-publish a volume; gives the milliseconds of each."""
+    context: dict[str, str] = {}
+    attach_ms = timed_ms(lambda: context.update(client.attach(volume_id, capability=EXT4)))
+    stage_ms = timed_ms(lambda: client.stage(volume_id, context, capability=EXT4))
+    publish_ms = timed_ms(lambda: client.publish(volume_id, context, capability=EXT4))
+    return attach_ms, stage_ms, publish_ms
+
+
+def measure_attach(machine: Machine, client: Client, count: int) -> tuple[list[Row], list[Row]]:
+    """Use and release ext4 volumes of 1 GiB; gives the rows of time, and those of the daemons' memory."""
+    first: list[float] = []
+    whole: list[float] = []
+    stages: list[float] = []
+    releases: list[float] = []
+    memory: list[Row] = []
+    for number in range(count):
+        volume_id = client.create(f"attach-{number}", capability=EXT4).volume_id
+        first.append(sum(attach_calls(client, volume_id)))
+        (client.target_path(volume_id) / "file").write_bytes(b"x" * MIB)
+        client.release(volume_id)
+        parts = attach_calls(client, volume_id)
+        whole.append(sum(parts))
+        stages.append(parts[1])
+        if number == count - 1:
+            memory = [
+                row for pid in machine.daemons() for row in memory_rows("storage daemon, in use", pid, "< 60 MiB")
+            ]
+        releases.append(timed_ms(partial(client.release, volume_id)))
+        client.delete(volume_id)
+    wait_until_collected(machine)
+    rows = [
+        Row("attach", "first use: ControllerPublish + NodeStage with mkfs + NodePublish", tuple(first)),
+        Row(
+            "attach",
+            "use, formatted: ControllerPublish + NodeStage + NodePublish",
+            tuple(whole),
+            wanted="≤ 300 ms",
+        ),
+        Row("attach", "of that NodeStage", tuple(stages)),
+        Row("attach", "release: NodeUnpublish + NodeUnstage + ControllerUnpublish", tuple(releases)),
+    ]
+    return rows, memory
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def memory_rows(who: str, pid: int, wanted: str) -> list[Row]:
+    """Give what a process keeps resident (RSS), and the part of it that nobody shares (USS)."""
+    found = psutil.Process(pid).memory_full_info()
+    return [
+        Row("memory", f"{who}: resident (RSS)", memory_bytes=found.rss, wanted=wanted),
+        Row("memory", f"{who}: its own alone (USS)", memory_bytes=found.uss),
+    ]
+
+
+def daemon_memory(machine: Machine) -> list[Row]:
+    """Give the memory of each storage daemon that runs now."""
+    return [row for pid in machine.daemons() for row in memory_rows("storage daemon, in use", pid, "< 60 MiB")]
+
+
+def pid_of(process: Process | None) -> int:
+    """Give the pid of a process of the machine that was started."""
+    if process is None or process.process is None:
+        raise RuntimeError("the process was not started")
+    return process.process.pid
+
+
+# --- the whole run -----------------------------------------------------------------------------------------------
+
+
+def measure(base: Path, counts: Counts, progress: Callable[[str], None]) -> list[Row]:
+    """Measure everything below `base`, an empty directory, and give the rows."""
+    progress("a pool on a plain directory")
+    with Machine(base / "p", standin=False) as machine:
+        machine.start()
+        client = Client(machine)
+        memory = memory_rows("controller, idle", pid_of(machine.controller_process), "< 100 MiB")
+        memory += memory_rows("node, idle", pid_of(machine.node_process), "")
+        progress("CreateVolume and DeleteVolume")
+        rows = measure_create(machine, client, counts.create, "plain directory")
+        progress("snapshots and clones")
+        rows += measure_snapshots(machine, client, counts.snapshot)
+        progress("the predecessor's commands")
+        rows += measure_predecessor(machine.base / "predecessor", client, machine, counts.predecessor)
+        progress("attach and release")
+        attach, daemons = measure_attach(machine, client, counts.attach)
+        rows += attach
+        memory += memory_rows("controller, after the run", pid_of(machine.controller_process), "")
+        memory += memory_rows("node, after the run", pid_of(machine.node_process), "")
+        if findings := machine.check():
+            raise RuntimeError(f"csi-quobyte check found after the run: {findings}")
+    progress("CreateVolume through the stand-in")
+    with Machine(base / "s") as machine:
+        machine.start_controller()
+        rows += measure_create(machine, Client(machine), counts.create, "through bindfs")
+    return rows + memory + daemons
+
+
+def profile(base: Path) -> None:
+    """Print where the time of CreateVolume goes: its durable steps one by one, and cProfile's view of the process."""
+    with Machine(base / "p", standin=False) as machine:
+        notes: list[tuple[str, float]] = []
+        store = Store(str(machine.pool_path), observer=lambda step, _: notes.append((step, time.perf_counter())))
+        provisioned = Provisioned()
+        provisioned.total_bytes(store)
+        create = partial(volumes.create, store, provisioned=provisioned, release=lambda _: None)
+        create(_blank_request("warm"))
+        steps: dict[int, list[float]] = {}
+        names: list[str] = []
+        for number in range(PROFILED_CALLS):
+            notes.clear()
+            create(_blank_request(f"steps-{number}"))
+            notes.append(("end", time.perf_counter()))
+            names = [name for name, _ in notes[:-1]]
+            for at, ((_, begun), (_, ended)) in enumerate(itertools.pairwise(notes)):
+                steps.setdefault(at, []).append((ended - begun) * 1000)
+        click.echo("durable steps of one blank CreateVolume, median ms until the next one begins:")
+        for at, name in enumerate(names):
+            click.echo(f"  {statistics.median(steps[at]):7.3f}  {name}")
+        profiler = cProfile.Profile()
+        profiler.enable()
+        for number in range(PROFILED_CALLS):
+            create(_blank_request(f"profile-{number}"))
+        profiler.disable()
+        store.close()
+    click.echo(f"\ncProfile of {PROFILED_CALLS} calls, without gRPC and threads:")
+    pstats.Stats(profiler, stream=sys.stdout).strip_dirs().sort_stats("tottime").print_stats(PROFILE_LINES)
+
+
+def _blank_request(name: str) -> CreateRequest:
+    return CreateRequest(
+        name=name,
+        size=SizeRange(required_bytes=GIB, limit_bytes=0),
+        image_format="qcow2",
+        preallocation="off",
+        data_path="auto",
+        access_type="mount",
+        filesystem="ext4",
+        mkfs_options=(),
+        source=None,
+        kubernetes={},
+    )
+
+
+# --- showing -----------------------------------------------------------------------------------------------------
+
+
+def environment(base: Path) -> dict[str, str | int]:
+    """Describe what was measured on; no names of the machine."""
+    done = run("stat", "-f", "-c", "%T", base)
+    version = run(QEMU_DIR / "qemu-img", "--version").stdout.splitlines()[0].split()[2]
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "kernel": platform.release(),
+        "cpus": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "qemu": version,
+        "file_system": done.stdout.strip(),
+    }
+
+
+def as_table(rows: Sequence[Row]) -> Table:
+    """Lay the rows out for people."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "MEDIAN", "P95", "N", "RATIO", "WANTED"):
+        table.add_column(heading, justify="left" if heading in ("", "RATIO", "WANTED") else "right", no_wrap=True)
+    group = ""
+    for row in rows:
+        if row.group != group:
+            group = row.group
+            table.add_row()
+            table.add_row(Text(group, "bold"))
+        if row.samples_ms:
+            figures = (f"{row.median_ms:.2f} ms", f"{row.p95_ms:.2f} ms", str(len(row.samples_ms)))
+        else:
+            figures = (f"{row.memory_bytes / MIB:.1f} MiB", "", "")
+        compared = f"{row.ratio:.2f} × {row.ratio_to}" if row.ratio is not None else ""
+        table.add_row(*(Text(cell) for cell in (f"  {row.what}", *figures, compared, row.wanted)))
+    return table
+
+
+def as_objects(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Lay the rows out for programs."""
+    return [
+        {
+            "group": row.group,
+            "what": row.what,
+            "median_ms": round(row.median_ms, 3) if row.samples_ms else None,
+            "p95_ms": round(row.p95_ms, 3) if row.samples_ms else None,
+            "n": len(row.samples_ms),
+            "memory_bytes": row.memory_bytes or None,
+            "ratio": round(row.ratio, 3) if row.ratio is not None else None,
+            "ratio_to": row.ratio_to,
+            "wanted": row.wanted,
+        }
+        for row in rows
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Measure the driver against the machine's floor and its predecessor.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--profile", action="store_true", help="show where CreateVolume's time goes, and nothing else")
+    parser.add_argument("--directory", help="where the pools shall lie (default: the temporary directory)")
+    parser.add_argument("--create", type=int, default=50, help="volumes created in each of the two pools (%(default)s)")
+    parser.add_argument("--snapshot", type=int, default=10, help="series of snapshot and clone (%(default)s)")
+    parser.add_argument("--predecessor", type=int, default=15, help="series of its commands (%(default)s)")
+    parser.add_argument("--attach", type=int, default=8, help="volumes used and released (%(default)s)")
+    arguments = parser.parse_args()
+    if min(arguments.create, arguments.snapshot, arguments.predecessor, arguments.attach) < 1:
+        parser.error("every count must be at least 1")
+    return arguments
+
+
+def end(number: int, _frame: object) -> NoReturn:
+    """Signal handler: leave by an exception, so that everything is taken down."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    arguments = parse_arguments()
+    if os.geteuid() != 0:
+        click.echo("the benchmark mounts file systems and so must run as root: sudo make bench", err=True)
+        return 2
+    signal.signal(signal.SIGTERM, end)
+    counts = Counts(arguments.create, arguments.snapshot, arguments.predecessor, arguments.attach)
+    begun_s = time.monotonic()
+    base = Path(tempfile.mkdtemp(prefix="cq-", dir=arguments.directory))
+    try:
+        if arguments.profile:
+            profile(base)
+            return 0
+        described = environment(base)
+        rows = measure(base, counts, lambda text: click.echo(f"measuring: {text}", err=True))
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        return 130
+    except subprocess.SubprocessError as error:
+        click.echo(f"the benchmark could not go on: {error}", err=True)
+        return 1
+    finally:
+        base.rmdir()  # each machine has removed its own part
+    described["seconds"] = round(time.monotonic() - begun_s)
+    if arguments.json:
+        click.echo(json.dumps({"environment": described, "rows": as_objects(rows)}, indent=1))
+        return 0
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(as_table(rows))
+    console.print("\n" + ", ".join(f"{name} {value}" for name, value in described.items()), soft_wrap=True)
+    console.print("Ratios compare inside this run only; bench/README.md says how each figure is taken.", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
