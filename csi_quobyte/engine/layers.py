@@ -79,13 +79,14 @@ def make_overlay(store: Store, layer_id: str, marker: str, *, parent: LayerRecor
 
 
 def _make(store: Store, record: LayerRecord, marker: str, writer: images.Writer) -> LayerRecord:
-    """Make refs, image and record of a layer in this order: a record without refs would mean a condemned layer."""
-    if found := store.find_layer(record.id):
-        return found
+    """Make refs, image and record of a layer in this order: a record without refs would mean a condemned layer.
+
+    Each part is looked for on its own: after a power cut the names that an earlier attempt made may be there in part.
+    """
     store.make_refs(record.id)
     store.mark(record.id, marker)
     store.publish_image(record.id, record.file, writer)
-    return store.create(record)
+    return store.find_layer(record.id) or store.create(record)
 
 
 def detached_volume(store: Store, volume_id: str, *, to_be: str) -> VolumeRecord:

@@ -234,14 +234,20 @@ def log_tail(log_path: str) -> str:
 
 
 def is_running(identity: ProcessIdentity, cmdline_contains: str) -> bool:
-    """Tell whether that process lives; a zombie, and a process that merely got its pid, do not count.
+    """Tell whether that process lives; a process that merely got its pid does not count.
 
+    One whose first thread has ended still lives while another thread is stuck in the kernel: it may yet write.
     `cmdline_contains` must occur in its command line: it guards against a pid file from before a reboot.
     """
-    if _state_of(identity) in (None, "Z", "X"):
+    try:
+        with _opened(os.pidfd_open(identity.pid)) as pidfd:
+            if not _has_start_time(identity) or _readable_within(pidfd, 0):
+                return False
+            cmdline = _read_or_empty(f"/proc/{identity.pid}/cmdline").replace("\0", " ")
+    except ProcessLookupError:
         return False
-    cmdline = _read_or_empty(f"/proc/{identity.pid}/cmdline").replace("\0", " ")
-    return cmdline_contains in cmdline
+    # It is empty for a moment within execve(2), and once the first thread has ended.
+    return not cmdline or cmdline_contains in cmdline
 
 
 def send_signal(identity: ProcessIdentity, cmdline_contains: str, signal_number: signal.Signals) -> bool:
@@ -261,7 +267,7 @@ def wait_exit(identity: ProcessIdentity, timeout_s: float) -> bool:
     """Wait until that process has ended; False if it still runs after `timeout_s`. It need not be our child."""
     try:
         with _opened(os.pidfd_open(identity.pid)) as pidfd:
-            return _state_of(identity) is None or _readable_within(pidfd, timeout_s)
+            return not _has_start_time(identity) or _readable_within(pidfd, timeout_s)
     except ProcessLookupError:
         return True
 
@@ -419,13 +425,10 @@ def _readable_within(fd: int, timeout_s: float) -> bool:
     return bool(poller.poll(max(0.0, timeout_s) * 1000))
 
 
-def _state_of(identity: ProcessIdentity) -> str | None:
-    """Return the one-letter state of proc(5), None if that process is gone or its pid belongs to another one."""
+def _has_start_time(identity: ProcessIdentity) -> bool:
     # The command name in parentheses may itself contain ") ", hence the last one.
     fields = _read_or_empty(f"/proc/{identity.pid}/stat").rpartition(") ")[2].split()
-    if len(fields) < 20 or fields[19] != str(identity.start_time_ticks):
-        return None
-    return fields[0]
+    return len(fields) >= 20 and fields[19] == str(identity.start_time_ticks)
 
 
 def _parse_identities(text: str) -> Detached | None:

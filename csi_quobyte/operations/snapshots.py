@@ -99,7 +99,8 @@ def _write_intent(store: Store, snapshot_id: str, request: SnapshotRequest) -> S
             content=store.content(volume),
             created_at=records.now(),
             kubernetes=request.kubernetes,
-        )
+        ),
+        sync=False,  # see volumes: an intent need not outlive a power cut
     )
 
 

@@ -176,7 +176,10 @@ def _write_intent(store: Store, volume_id: str, request: CreateRequest, provisio
             source_next=base.source_next,
             inherited_content=base.content,
             kubernetes=request.kubernetes,
-        )
+        ),
+        # An intent has to be seen before what it names, not to outlive a power cut: what is found without one then
+        # is removed by the collector.
+        sync=False,
     )
 
 

@@ -356,7 +356,7 @@ class Store:
     # --- writing records ---------------------------------------------------------------------------------------
 
     def create(self, record: R, *, sync: bool = True) -> R:
-        """Publish a new record; it is durable on return unless `sync` leaves that to the caller's next step there.
+        """Publish a new record, whole; its name is durable on return, without `sync` with the next step there.
 
         Raises:
             Busy: somebody else made one of this id in the meantime.
