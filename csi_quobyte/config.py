@@ -78,6 +78,18 @@ class NodeConfig(Common):
     register_dir: str = ""
     stop_daemons_on_exit: bool = False
 
+    @property
+    def kubelet_endpoint(self) -> str:
+        """The path of the CSI socket as the kubelet sees it.
+
+        That is the endpoint itself when it lies in the kubelet's directory; otherwise (in a pod, where the directory
+        is mounted elsewhere) the place where every CSI driver's socket is: plugins/<driver name>/.
+        """
+        path = self.endpoint.removeprefix("unix://")
+        if path.startswith(f"{self.kubelet_dir.rstrip('/')}/"):
+            return path
+        return f"{self.kubelet_dir.rstrip('/')}/plugins/{self.driver_name}/{os.path.basename(path)}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.node_id or len(self.node_id.encode()) > 192:

@@ -37,7 +37,7 @@ require_mount = option(
     default="quobyte",
     help="What must be mounted at a pool's path: a Quobyte volume; one whose root need not have size 0; anything.",
 )
-qemu_dir = option("--qemu-dir", default=None, help="Directory of qemu-img and qemu-storage-daemon.  [default: PATH]")
+qemu_dir = option("--qemu-dir", default=None, help="Directory of qemu-img and qemu-storage-daemon; PATH if not given.")
 allow_untested_qemu = option(
     "--allow-untested-qemu", is_flag=True, default=False, help="Serve data with a QEMU version that was not measured."
 )
@@ -77,8 +77,8 @@ serving = combined(
     ),
     qemu_dir,
     allow_untested_qemu,
-    option("--health-address", default="", metavar="HOST:PORT", help="Serve /livez and /readyz there.  [default: off]"),
-    option("--metrics-address", default="", metavar="HOST:PORT", help="Serve Prometheus metrics.  [default: off]"),
+    option("--health-address", default="", metavar="HOST:PORT", help="Serve /livez and /readyz there, if given."),
+    option("--metrics-address", default="", metavar="HOST:PORT", help="Serve Prometheus metrics there, if given."),
     log_options,
 )
 

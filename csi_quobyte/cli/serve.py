@@ -69,8 +69,8 @@ def controller(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> Non
 @options.option("--node-id", envvar="NODE_ID", required=True, help="Name of this node, as Kubernetes knows it.")
 @options.option("--state-dir", required=True, help="Directory for sockets and hints of staged volumes.")
 @options.option("--max-volumes-per-node", type=int, default=128, help="How many volumes Kubernetes may attach here.")
-@options.option("--kubelet-dir", default="/var/lib/kubelet", help="The kubelet's directory, as it sees it.")
-@options.option("--register-dir", default="", help="Register with the kubelet by a socket there.  [default: off]")
+@options.option("--kubelet-dir", default="/var/lib/kubelet", help="The kubelet's directory: where it finds the socket.")
+@options.option("--register-dir", default="", help="Register with the kubelet by a socket there, if given.")
 @options.option(
     "--stop-daemons-on-exit",
     is_flag=True,
@@ -104,7 +104,7 @@ def node(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
         timeout_s=config.pool_timeout_s,
     )
     registration = (
-        Registration(config.driver_name, config.endpoint, config.register_dir) if config.register_dir else None
+        Registration(config.driver_name, config.kubelet_endpoint, config.register_dir) if config.register_dir else None
     )
 
     def stop() -> bool:

@@ -4,7 +4,7 @@ docs/format.md explains each kind. An error is damage: something that a record p
 warning is something left over or unfinished: the collector, or a retry of the operation, deals with it.
 """
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -190,13 +190,13 @@ def _stray(found: Index, stray: Stray) -> Finding | None:
     owner, _, ending = stray.name.partition(".")
     if ".json.g" in stray.name:
         return Finding("stale-claim", owner, path, "a change of this record was interrupted")
-    known: Container[str] = found.layers if stray.folder == "layers" else found.volumes
     if stray.folder == "layers" and is_layer_id(owner) and ending in {"qcow2", "raw", "refs"}:
-        if owner in known or owner in found.intended_layers or owner in found.unreadable:
+        if owner in found.layers or owner in found.intended_layers or owner in found.unreadable:
             return None
         return Finding("orphan-file", owner, path, "no layer record names this file")
     if stray.folder == "volumes" and ending.startswith("content-"):
-        if owner in known or owner in found.unreadable:
+        volume = found.volumes.get(owner)
+        if owner in found.unreadable or (volume and ending == f"content-{volume.uid}"):
             return None
         return Finding("orphan-file", owner, path, "the volume of this note does not exist")
     return Finding("foreign-file", "", path, "not a file of this format")

@@ -19,7 +19,7 @@ from csi_quobyte import telemetry
 from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine import layers, removal
 from csi_quobyte.engine.index import Index, Stray
-from csi_quobyte.errors import Busy, DriverError, Exhausted
+from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted, NotFound
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import (
     LayerState,
@@ -130,6 +130,7 @@ def sweep(store: Store) -> Report:
                 "nothing without a known owner is removed while these records cannot be read: %s",
                 "; ".join(found.unreadable.values()),
             )
+            _remove_damaged_layers(store, found, report)
         else:
             found = index_module.read(store) if report else found
             _remove_stale_markers(store, found, report)
@@ -141,7 +142,9 @@ def sweep(store: Store) -> Report:
 
 @contextmanager
 def _if_free(store: Store, *names: str) -> Iterator[bool]:
-    """Hold some locks, or give False when one of them is taken: that object is looked at in the next pass."""
+    """Hold some locks, or give False when one of them is taken. What is taken, busy or damaged must not stop the work
+    on the rest: it is looked at again in the next pass.
+    """
     with ExitStack() as stack:
         try:
             for name in names:
@@ -149,7 +152,10 @@ def _if_free(store: Store, *names: str) -> Iterator[bool]:
         except Busy:
             yield False
             return
-        yield True
+        try:
+            yield True
+        except (Busy, Corrupt, NotFound) as error:
+            log.warning("left for the next pass: %s", error)
 
 
 def _finish_deletes(store: Store, found: Index, report: Report) -> None:
@@ -162,15 +168,17 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
             with _if_free(store, *names) as free:
                 current = store.find_volume(volume.id) if free else None
                 if current and current.state is VolumeState.DELETING:
+                    released = removal.remove_volume(store, current)
                     report.finished_deletes += 1
-                    report.layers += layers.drop_upwards(store, removal.remove_volume(store, current))
+                    report.layers += layers.drop_upwards(store, released)
     for snapshot in found.snapshots.values():
         if snapshot.state is SnapshotState.DELETING:
             with _if_free(store, snapshot.source_volume, snapshot.id) as free:
                 current_snapshot = store.find_snapshot(snapshot.id) if free else None
                 if current_snapshot and current_snapshot.state is SnapshotState.DELETING:
+                    released = removal.remove_snapshot(store, current_snapshot)
                     report.finished_deletes += 1
-                    report.layers += layers.drop_upwards(store, removal.remove_snapshot(store, current_snapshot))
+                    report.layers += layers.drop_upwards(store, released)
 
 
 def _finish_freezes(store: Store, found: Index, report: Report) -> None:
@@ -210,7 +218,24 @@ def _drop_unreferenced(store: Store, found: Index, report: Report) -> None:
             continue
         if layer.id in named and layer.state is not LayerState.RETIRED:
             continue  # a record needs it: a marker was lost, which check reports, or its owner has just been removed
-        report.layers += layers.drop_upwards(store, layer.id)
+        with _if_free(store):
+            report.layers += layers.drop_upwards(store, layer.id)
+
+
+def _remove_damaged_layers(store: Store, found: Index, report: Report) -> None:
+    """Remove layers whose own record is what cannot be read, once their volumes and snapshots have been deleted.
+
+    Nothing else could: no call names a layer. An empty refs directory says that nobody owns one; but only while every
+    volume and snapshot can be read, so that a lost marker would show.
+    """
+    if not all(is_layer_id(record_id) for record_id in found.unreadable):
+        return
+    for layer_id in found.unreadable:
+        if found.refs.get(layer_id) or layer_id in found.named_layers or layer_id in found.intended_layers:
+            continue
+        with _if_free(store):
+            layers.remove_damaged(store, layer_id)
+            report.layers += 1
 
 
 def _remove_orphan_files(store: Store, found: Index, report: Report) -> None:
@@ -220,11 +245,12 @@ def _remove_orphan_files(store: Store, found: Index, report: Report) -> None:
         if ".json.g" in stray.name:
             store.drop_claims(stray.folder, stray.shard, stray.name)
         elif _is_orphan(found, stray, intended):
-            if stray.name.endswith(".refs"):
-                store.condemn(stray.name.removesuffix(".refs"))
-            else:
-                store.discard_stray(stray.folder, stray.shard, stray.name)
-            report.files += 1
+            with _if_free(store):
+                if stray.name.endswith(".refs"):
+                    store.condemn(stray.name.removesuffix(".refs"))
+                else:
+                    store.discard_stray(stray.folder, stray.shard, stray.name)
+                report.files += 1
 
 
 def _is_orphan(found: Index, stray: Stray, intended: frozenset[str]) -> bool:

@@ -11,10 +11,11 @@ record that needs it, and taken away after that record is gone or no longer need
 import logging
 from dataclasses import replace
 
-from csi_quobyte.errors import Busy, Exhausted, NotFound, Refused, Unavailable
+from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
 from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import HARD_DEPTH, chain_of
 from csi_quobyte.pool.records import (
+    Content,
     ImageFormat,
     LayerRecord,
     LayerState,
@@ -67,15 +68,18 @@ def make_overlay(store: Store, layer_id: str, marker: str, *, parent: LayerRecor
     writer = images.overlay(
         size_bytes=size_bytes, backing_name=store.backing_name(layer_id, parent), backing_format=parent.format
     )
-    record = LayerRecord(
+    return _make(store, _overlay_record(layer_id, parent_id=parent.id, size_bytes=size_bytes), marker, writer)
+
+
+def _overlay_record(layer_id: str, *, parent_id: str, size_bytes: int) -> LayerRecord:
+    return LayerRecord(
         id=layer_id,
         file=f"{layer_id}.qcow2",
         format="qcow2",
         size_bytes=size_bytes,
-        parent=parent.id,
+        parent=parent_id,
         state=LayerState.HEAD,
     )
-    return _make(store, record, marker, writer)
 
 
 def _make(store: Store, record: LayerRecord, marker: str, writer: images.Writer) -> LayerRecord:
@@ -139,13 +143,35 @@ def untouched_parent(store: Store, volume: VolumeRecord) -> LayerRecord | None:
     """Give the frozen layer below a detached volume's head if nothing was ever written to that head, else None.
 
     Then a snapshot or clone can refer to that layer, and the chain does not grow. A detached volume's daemon has
-    exited, so no newer mapping is in anybody's memory.
+    exited, so no newer mapping is in anybody's memory. A freeze that was interrupted below the head is finished
+    first: once the volume moves on, nobody would find it any more.
     """
     head = store.layer(volume.head)
-    if head.parent is None or not images.is_untouched(store, head):
+    if head.parent is None:
         return None
-    parent = store.layer(head.parent)
-    return parent if parent.state is LayerState.FROZEN else None
+    if store.layer(head.parent).state is LayerState.HEAD:
+        finish_freeze(store, volume)
+    return store.layer(head.parent) if images.is_untouched(store, head) else None
+
+
+def intent_is_outdated(
+    store: Store, volume_id: str, *, head: str, next_id: str, size_bytes: int, content: Content | None
+) -> bool:
+    """Say whether a volume was grown or formatted after an intent to freeze its `head` was written, and not frozen.
+
+    Such an intent describes something that the freeze would not give any more, and its overlay `next_id` may be
+    smaller than the layer it is to lie on. It is undone and written anew.
+    """
+    volume = store.find_volume(volume_id)
+    if volume is None or volume.head != head:
+        return False
+    overlay = _overlay_record(next_id, parent_id=head, size_bytes=size_bytes)
+    is_made = store.image_bytes(overlay) is not None
+    return (
+        volume.size_bytes > size_bytes
+        or (is_made and images.virtual_size_bytes(store, overlay) < volume.size_bytes)
+        or store.content(volume) != content
+    )
 
 
 def freeze(store: Store, volume: VolumeRecord, next_id: str) -> VolumeRecord:
@@ -156,11 +182,13 @@ def freeze(store: Store, volume: VolumeRecord, next_id: str) -> VolumeRecord:
 
     Raises:
         Refused: the volume is attached, or a storage daemon has its head open all the same.
+        Corrupt: its head is damaged; nothing was changed.
     """
     if volume.head != next_id:
         if volume.attachments:
             raise Refused(f"volume {volume.id} is attached to node {volume.attachments[0].node}")
         old = store.layer(volume.head)
+        images.check_chain(store, (old,))
         store.check_not_written(old)
         store.mark(old.id, child_marker(next_id))
         make_overlay(store, next_id, volume_marker(volume), parent=old, size_bytes=volume.size_bytes)
@@ -188,14 +216,29 @@ def abandon(store: Store, layer_id: str, marker: str | None, *, parent: str | No
     """
     if marker:
         store.unmark(layer_id, marker)
-    if store.find_layer(layer_id):
-        drop(store, layer_id)
-        return
-    for image_format in ("qcow2", "raw"):
-        store.remove_image(layer_id, f"{layer_id}.{image_format}")
-    store.condemn(layer_id)
+    try:
+        if store.find_layer(layer_id):
+            drop(store, layer_id)
+            return
+    except Corrupt as error:
+        log.error("removing a layer whose record cannot be read: %s", error)
+    remove_damaged(store, layer_id)
     if parent:
         store.unmark(parent, child_marker(layer_id))
+
+
+def remove_damaged(store: Store, layer_id: str) -> None:
+    """Remove what there is of a layer that has no readable record and that nothing refers to. Can be repeated.
+
+    Its record goes last. It would have named the parent, whose child marker is stale from then on.
+
+    Raises:
+        Busy: something refers to the layer; nothing changed.
+    """
+    store.condemn(layer_id)
+    for image_format in ("qcow2", "raw"):
+        store.remove_image(layer_id, f"{layer_id}.{image_format}")
+    store.remove_damaged("layers", layer_id)
 
 
 def drop(store: Store, layer_id: str) -> str | None:

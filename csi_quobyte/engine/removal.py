@@ -4,10 +4,12 @@ The decision is one swap of the record to `deleting`; everything here comes afte
 by the delete calls themselves, by a create that fails or finds an old object of its name, and by the collector.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
 from csi_quobyte.engine import layers
+from csi_quobyte.errors import Corrupt
 from csi_quobyte.pool.records import (
     SnapshotRecord,
     SnapshotState,
@@ -17,6 +19,8 @@ from csi_quobyte.pool.records import (
     volume_marker,
 )
 from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
 
 # Told which layer has lost a reference (None: look at everything), so that the collector can drop it.
 Release = Callable[[str | None], None]
@@ -62,9 +66,14 @@ def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> 
     The source's record is written again first, unchanged: a freeze that another process is in the middle of (where
     locks do not reach) then loses its compare-and-set and cannot make a head of what is removed here.
     """
-    source = store.find_volume(source_id)
-    if source and source.head == next_id:
-        layers.finish_freeze(store, source)
+    try:
+        source = store.find_volume(source_id)
+        if source and source.head == next_id:
+            layers.finish_freeze(store, source)
+            return
+    except Corrupt as error:
+        # what is damaged is another object's; once that is repaired or deleted, the collector does the rest
+        log.error("a freeze is left as it is: %s", error)
         return
     markers = store.markers(next_id) or []
     if any(not marker.startswith("v-") for marker in markers):

@@ -143,34 +143,29 @@ _MOUNT_ANY = _plain(
     "nolazytime dev nodev exec noexec suid nosuid discard nodiscard ro rw"
 )
 # Left out on purpose. errors=panic: one volume must not stop the machine. barrier=0, nobarrier: acknowledged
-# writes would be lost. noload, norecovery: mounts without replay. nouuid: the driver adds it.
+# writes would be lost. noload, norecovery: mounts without replay. nouuid: the driver adds it. Quotas inside a
+# volume, acl, user_xattr: not every kernel takes these options any more.
 _MOUNT: Mapping[str, _Options] = {
     "ext4": _MOUNT_ANY
     | _plain(
-        "acl noacl auto_da_alloc noauto_da_alloc delalloc nodelalloc dioread_lock dioread_nolock journal_checksum "
-        "noinit_itable user_xattr nouser_xattr grpquota usrquota prjquota noquota"
+        "auto_da_alloc noauto_da_alloc delalloc nodelalloc dioread_lock dioread_nolock journal_checksum noinit_itable "
+        "noquota"
     )
     | {
         "commit": "=[0-9]{1,3}",
         "data": "=(ordered|journal|writeback)",
         "errors": "=(remount-ro|continue)",
         "init_itable": "(=[0-9]{1,4})?",
-        "inode_readahead_blks": _NUMBER,
         "max_batch_time": _NUMBER,
         "min_batch_time": _NUMBER,
         "stripe": _NUMBER,
     },
     "xfs": _MOUNT_ANY
-    | _plain(
-        "inode32 inode64 largeio nolargeio swalloc wsync noalign noquota quota uquota usrquota gquota grpquota "
-        "pquota prjquota uqnoenforce gqnoenforce pqnoenforce"
-    )
+    | _plain("inode32 inode64 largeio nolargeio swalloc wsync noalign noquota")
     | {
         "allocsize": _SIZE,
         "logbsize": "=(0|16k|32k|64k|128k|256k|16384|32768|65536|131072|262144)",
         "logbufs": "=[2-8]",
-        "sunit": _NUMBER,
-        "swidth": _NUMBER,
     },
 }
 

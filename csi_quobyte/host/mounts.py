@@ -99,7 +99,7 @@ def mount(source: str, target: str, *, fstype: str, options: Sequence[str], time
     argv = ["mount", "-n", "--no-canonicalize", "--internal-only", mode, "-t", fstype]
     if options:
         argv += ["-o", ",".join(options)]
-    command.run([*argv, "--", source, target], timeout_s=timeout_s)
+    _mount([*argv, "--", source, target], timeout_s)
     _check_landed(target)
 
 
@@ -116,14 +116,14 @@ def bind(source: str, target: str, *, read_only: bool) -> None:
     """
     _check_path(source)
     _check_free(target)
-    command.run(["mount", "-n", "--no-canonicalize", "--bind", "--", source, target], timeout_s=_BIND_TIMEOUT_S)
+    _mount(["mount", "-n", "--no-canonicalize", "--bind", "--", source, target], _BIND_TIMEOUT_S)
     _check_landed(target)
     if not read_only:
         return
     try:
         # Its own step, because mount(2) ignores MS_RDONLY when it makes a bind mount.
-        command.run(["mount", "-n", "--no-canonicalize", "-o", "remount,bind,ro", target], timeout_s=_BIND_TIMEOUT_S)
-    except command.CommandFailed:
+        _mount(["mount", "-n", "--no-canonicalize", "-o", "remount,bind,ro", target], _BIND_TIMEOUT_S)
+    except Unavailable:
         unmount(target, timeout_s=_BIND_TIMEOUT_S, lazy_after=True)
         raise
 
@@ -234,6 +234,16 @@ def _check_free(target: str) -> None:
     present = at(target)
     if present is not None:
         raise Refused(f"{target}: {present.source} ({present.fstype}) is mounted there already")
+
+
+def _mount(argv: Sequence[str], timeout_s: float) -> None:
+    try:
+        command.run(argv, timeout_s=timeout_s)
+    except command.CommandTimedOut:
+        raise
+    except command.CommandFailed as error:
+        # All it said: the reason is in the first line, and the last is only advice to look into dmesg.
+        raise Unavailable(f"mount ended with status {error.status}: {' '.join(error.stderr.split())}") from error
 
 
 def _check_landed(target: str) -> None:

@@ -628,7 +628,9 @@ def _file_options(name: str, path: str, *, lower: bool) -> Mapping[str, object]:
         "driver": "file",
         "node-name": name,
         "filename": path,
-        "aio": "native",
+        # Opening a file with "native" costs 20 to 36 ms (QEMU tries it out), with "threads" next to nothing. Only the
+        # head has writes in flight, and reading through lower layers was as fast with either.
+        "aio": "threads" if lower else "native",
         "cache": {"direct": True},
         "discard": "unmap",
         # Not "auto", which quietly goes without locks where it finds none: a second writer would not be kept out.

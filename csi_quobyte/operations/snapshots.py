@@ -49,12 +49,12 @@ def create(store: Store, request: SnapshotRequest, release: Release) -> Snapshot
     snapshot_id = records.snapshot_id(store.prefix, request.name)
     with _locked(store, snapshot_id, request.source_volume):
         snapshot = store.find_snapshot(snapshot_id)
-        if snapshot and snapshot.state is SnapshotState.DELETING:
+        if snapshot and snapshot.state is not SnapshotState.DELETING:
+            _check_same_request(snapshot, request)
+        if snapshot and (snapshot.state is SnapshotState.DELETING or _is_outdated(store, snapshot)):
             with _source_locked(store, snapshot, held=request.source_volume):
                 release(removal.remove_snapshot(store, snapshot))
             snapshot = None
-        if snapshot and snapshot.source_volume != request.source_volume:
-            raise AlreadyExists(f"snapshot {request.name!r} exists: it is one of volume {snapshot.source_volume}")
         if snapshot is None:
             snapshot = _write_intent(store, snapshot_id, request)
         if snapshot.state is SnapshotState.READY:
@@ -64,6 +64,25 @@ def create(store: Store, request: SnapshotRequest, release: Release) -> Snapshot
         except _FINAL:
             release(removal.remove_snapshot(store, store.snapshot(snapshot_id)))
             raise
+
+
+def _check_same_request(snapshot: SnapshotRecord, request: SnapshotRequest) -> None:
+    if snapshot.source_volume != request.source_volume:
+        raise AlreadyExists(f"snapshot {request.name!r} exists: it is one of volume {snapshot.source_volume}")
+
+
+def _is_outdated(store: Store, snapshot: SnapshotRecord) -> bool:
+    """Say whether the volume of an unfinished snapshot was grown or formatted since the intent was written."""
+    if snapshot.state is not SnapshotState.CREATING or snapshot.next is None:
+        return False
+    return layers.intent_is_outdated(
+        store,
+        snapshot.source_volume,
+        head=snapshot.layer,
+        next_id=snapshot.next,
+        size_bytes=snapshot.size_bytes,
+        content=snapshot.content,
+    )
 
 
 @contextmanager

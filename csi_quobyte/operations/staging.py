@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from csi_quobyte import telemetry
@@ -180,6 +181,7 @@ class Node:
         """Make the volume's block device from exactly the recorded chain, at least as large as the record says."""
         chain = chain_of(volume.head, store.find_layer)
         images.check_chain(store, chain)
+        _check_backing_names(store, chain)
         read_only = attachment.readonly and volume.access_type == "block"
         key, tag = self._key(volume.id), loop.tag_of(TAG_PREFIX, self._key(volume.id))
         if is_plain_loop(volume, chain):
@@ -237,10 +239,12 @@ class Node:
         Returns only when nothing of this node can write to the volume any more.
 
         Raises:
-            Refused: the file system is in use.
+            Refused: still published, or something else is mounted at the staging path (nothing was done); or the file
+                system is in use.
             Unavailable: the daemon or the device does not let go in time; call again.
         """
         with self._lock(volume_id):
+            _check_unused(self._find_device(volume_id), volume_id, staging_path)
             self._take_down(self._key(volume_id), staging_path)
             self._count_staged()
 
@@ -448,6 +452,21 @@ def _image_layers(store: Store, chain: Sequence[LayerRecord]) -> list[ImageLayer
     return [ImageLayer(layer.id, store.image_path(layer), layer.format) for layer in reversed(chain)]
 
 
+def _check_backing_names(store: Store, chain: Sequence[LayerRecord]) -> None:
+    """Check that each image, head first, names its recorded parent.
+
+    Nothing follows these names; a wrong one shows that somebody exchanged the file.
+
+    Raises:
+        Corrupt: one names another file, or none.
+    """
+    for layer, parent in zip_longest(chain, chain[1:]):
+        found = images.backing_name(store, layer)
+        wanted = store.backing_name(layer.id, parent) if parent else None
+        if found != wanted:
+            raise Corrupt(f"{store.image_path(layer)} names the backing file {found!r}, its record says {wanted!r}")
+
+
 def _check_request(volume: VolumeRecord, request: StageRequest) -> None:
     if request.access_type != volume.access_type:
         raise Refused(f"volume {volume.id} was made for access type {volume.access_type}, not {request.access_type}")
@@ -470,6 +489,22 @@ def _check_staging_path(request: StageRequest) -> None:
         raise Refused(f"the staging path {request.staging_path} cannot be used: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode):
         raise Refused(f"the staging path {request.staging_path} is not a directory")
+
+
+def _check_unused(device: LoopDevice | None, volume_id: str, staging_path: str) -> None:
+    """Check, before anything is taken down, that no pod has the volume and that the staging path holds nothing else.
+
+    A device node in a pod does not keep its device busy: freed under it, it would become the next volume's.
+
+    Raises:
+        Refused: it is not so.
+    """
+    mounted = mounts.at(staging_path)
+    if mounted and (device is None or mounted.major_minor != device.major_minor):
+        raise Refused(f"{mounted.source} is mounted at the staging path {staging_path}, not volume {volume_id}")
+    others = [target for target in _targets(device) if target != staging_path] if device else []
+    if others:
+        raise Refused(f"volume {volume_id} is still published at {others[0]}")
 
 
 def _note_raw_use(store: Store, volume: VolumeRecord, attachment: Attachment) -> None:

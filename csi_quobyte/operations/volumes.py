@@ -113,14 +113,14 @@ def create(store: Store, request: CreateRequest, provisioned: Provisioned, relea
     volume_id = records.volume_id(store.prefix, request.name)
     with _locked(store, volume_id, request.source):
         volume = store.find_volume(volume_id)
-        if volume and volume.state is VolumeState.DELETING:
+        if volume and volume.state is not VolumeState.DELETING:
+            check_same_request(volume, request)
+        if volume and (volume.state is VolumeState.DELETING or _is_outdated(store, volume)):
             with _also_locked(store, volume, request.source):
                 release(removal.remove_volume(store, volume))
             volume = None
         if volume is None:
             volume = _write_intent(store, volume_id, request, provisioned)
-        else:
-            check_same_request(volume, request)
         if volume.state is VolumeState.READY:
             return volume
         try:
@@ -195,6 +195,20 @@ def _choose_filesystem(request: CreateRequest, content: Content | None) -> str:
     if request.filesystem and holds and request.filesystem != holds:
         raise InvalidArgument(f"the source holds {holds}, the volume is asked for with {request.filesystem}")
     return request.filesystem or holds or DEFAULT_FILESYSTEM
+
+
+def _is_outdated(store: Store, volume: VolumeRecord) -> bool:
+    """Say whether the source of an unfinished clone was grown or formatted since its intent was written."""
+    if volume.state is not VolumeState.CREATING or not (volume.source and volume.source_next and volume.parent):
+        return False
+    return layers.intent_is_outdated(
+        store,
+        volume.source.id,
+        head=volume.parent,
+        next_id=volume.source_next,
+        size_bytes=volume.size_bytes,
+        content=volume.inherited_content,
+    )
 
 
 def _find_base(store: Store, source: Source | None) -> _Base:

@@ -38,11 +38,11 @@ class Registration:
     """The registration socket of one node process."""
 
     def __init__(self, driver_name: str, endpoint: str, directory: str) -> None:
-        """`endpoint` is the CSI socket as the kubelet sees it; `directory` is its plugins_registry."""
+        """`endpoint` is the path of the CSI socket as the kubelet sees it; `directory` is its plugins_registry."""
         info = registration.PluginInfo(
             type="CSIPlugin",
             name=driver_name,
-            endpoint=endpoint.removeprefix("unix://"),
+            endpoint=endpoint,
             supported_versions=[CSI_VERSION],
         )
 
