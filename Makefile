@@ -28,7 +28,7 @@ help: ## list the targets
 	@printf '\ncache: %s (set CSI_QUOBYTE_CACHE to change it)\n' '$(CSI_QUOBYTE_CACHE)'
 
 demo: setup-demo ## see the driver at work: a story of a minute, on a stand-in for Quobyte (Debian 12 or 13, root)
-	@$(CONTAINED) 600 demo -- $(PYTHON) deploy/demo/demo.py
+	@$(CONTAINED) 600 demo -- $(PYTHON) deploy/lab/demo.py
 
 test: setup lint unit integration sanity ## everything that proves the driver: lint, unit, integration, sanity (under 12 minutes)
 	@printf '== test: every part passed (%d s)\n' $$(($$(date +%s) - $(STARTED)))
@@ -65,7 +65,8 @@ lint-steps:
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@mypy --strict tests/tools/contained.py tests/sanity/run.py
+	@MYPYPATH=deploy mypy --explicit-package-bases --package lab
+	@MYPYPATH=deploy mypy --strict tests/tools/contained.py tests/sanity/run.py bench/run.py
 	@lint-imports
 	@tests/tools/lock.sh --check
 

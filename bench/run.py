@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import pstats
+import random
 import signal
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+import grpc
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -36,15 +38,14 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]  # the script is started by its path, from a tree that is not installed
 
-from lab.client import Client, mount_capability  # noqa: E402
-from lab.machine import GIB, QEMU_DIR, Machine, Process, run, wait_for  # noqa: E402
-
 from csi_quobyte.operations import volumes  # noqa: E402
 from csi_quobyte.operations.capacity import Provisioned  # noqa: E402
 from csi_quobyte.operations.volumes import CreateRequest  # noqa: E402
 from csi_quobyte.pb import csi_pb2 as csi  # noqa: E402
 from csi_quobyte.pool.sizes import SizeRange  # noqa: E402
 from csi_quobyte.pool.store import Store  # noqa: E402
+from lab.client import Client, mount_capability  # noqa: E402
+from lab.machine import GIB, QEMU_DIR, Machine, Process, run, wait_for  # noqa: E402
 
 MIB = 1 << 20
 LARGE_BYTES = 100 * GIB
@@ -331,6 +332,16 @@ def attach_calls(client: Client, volume_id: str) -> tuple[float, float, float]:
     return attach_ms, stage_ms, publish_ms
 
 
+def write_durably(path: Path, seed: int) -> None:
+    """Write a file of 64 MiB to its disk, so that the storage daemon has worked."""
+    block = random.Random(seed).randbytes(MIB)
+    with path.open("wb") as file:
+        for _ in range(64):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def measure_attach(machine: Machine, client: Client, count: int) -> tuple[list[Row], list[Row]]:
     """Use and release ext4 volumes of 1 GiB; gives the rows of time, and those of the daemons' memory."""
     first: list[float] = []
@@ -341,15 +352,14 @@ def measure_attach(machine: Machine, client: Client, count: int) -> tuple[list[R
     for number in range(count):
         volume_id = client.create(f"attach-{number}", capability=EXT4).volume_id
         first.append(sum(attach_calls(client, volume_id)))
-        (client.target_path(volume_id) / "file").write_bytes(b"x" * MIB)
+        write_durably(client.target_path(volume_id) / "file", number)
         client.release(volume_id)
         parts = attach_calls(client, volume_id)
         whole.append(sum(parts))
         stages.append(parts[1])
         if number == count - 1:
-            memory = [
-                row for pid in machine.daemons() for row in memory_rows("storage daemon, in use", pid, "< 60 MiB")
-            ]
+            write_durably(client.target_path(volume_id) / "more", number)
+            memory = daemon_memory(machine)
         releases.append(timed_ms(partial(client.release, volume_id)))
         client.delete(volume_id)
     wait_until_collected(machine)
@@ -473,7 +483,7 @@ def _blank_request(name: str) -> CreateRequest:
 
 def environment(base: Path) -> dict[str, str | int]:
     """Describe what was measured on; no names of the machine."""
-    done = run("stat", "-f", "-c", "%T", base)
+    done = run("findmnt", "--noheadings", "--output", "FSTYPE", "--target", base)
     version = run(QEMU_DIR / "qemu-img", "--version").stdout.splitlines()[0].split()[2]
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -550,7 +560,8 @@ def main() -> int:
     if os.geteuid() != 0:
         click.echo("the benchmark mounts file systems and so must run as root: sudo make bench", err=True)
         return 2
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
     counts = Counts(arguments.create, arguments.snapshot, arguments.predecessor, arguments.attach)
     begun_s = time.monotonic()
     base = Path(tempfile.mkdtemp(prefix="cq-", dir=arguments.directory))
@@ -563,8 +574,9 @@ def main() -> int:
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         return 130
-    except subprocess.SubprocessError as error:
-        click.echo(f"the benchmark could not go on: {error}", err=True)
+    except (grpc.RpcError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        words = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
+        click.echo(f"the benchmark could not go on: {words}", err=True)
         return 1
     finally:
         base.rmdir()  # each machine has removed its own part

@@ -1,6 +1,7 @@
 """csi-quobyte ls, show and tree: what is in the pools and who refers to what."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -19,6 +20,8 @@ from csi_quobyte.errors import NotFound
 from csi_quobyte.pool.mount import RequireMount
 from csi_quobyte.pool.records import LayerRecord, SnapshotRecord, VolumeRecord, is_layer_id, parse_id, parse_marker
 from csi_quobyte.pool.store import Store
+
+_WIDEST = 1000
 
 _looking = options.combined(options.pools(required=True), options.require_mount, options.as_json)
 
@@ -76,7 +79,8 @@ def _print_columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    """A console as wide as its terminal; in a pipe so wide that no line is ever cut."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDEST)
 
 
 def human(size_bytes: int) -> str:

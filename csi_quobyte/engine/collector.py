@@ -243,7 +243,7 @@ def _remove_orphan_files(store: Store, found: Index, report: Report) -> None:
     intended = found.intended_layers
     for stray in found.strays:
         if ".json.g" in stray.name:
-            store.drop_claims(stray.folder, stray.shard, stray.name)
+            report.files += store.settle_claim(stray.folder, stray.shard, stray.name)
         elif _is_orphan(found, stray, intended):
             with _if_free(store):
                 if stray.name.endswith(".refs"):

@@ -212,16 +212,10 @@ def probe(device: str) -> str | None:
     Raises:
         Unavailable: the device cannot be read, or not in time.
     """
-    argv = ["blkid", "-p", "-u", "filesystem,raid,crypto,other", "-o", "export", "--", device]
-    done = command.run(argv, timeout_s=_PROBE_TIMEOUT_S, ok_statuses=(0, 2, 8))
-    if done.status == 8:
-        return AMBIGUOUS
-    if done.status == 2:
-        for _ in _end_pieces(device):
-            pass  # reading it is the point: status 2 means "nothing found" and "unreadable" alike
-        return None
-    found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
-    return found.get("TYPE") or f"{found.get('PTTYPE', 'unknown')} partition table"
+    signature = _signature(device)
+    if signature is None:
+        _check_readable(device)
+    return signature
 
 
 def is_blank(device: str) -> bool:
@@ -232,9 +226,8 @@ def is_blank(device: str) -> bool:
     Raises:
         Unavailable: the device cannot be read, or not in time.
     """
-    if probe(device) is not None:
-        return False
-    return all(piece == bytes(len(piece)) for piece in _end_pieces(device))
+    # Reading the ends also proves what the absence of a signature does not: that the device can be read.
+    return _signature(device) is None and all(piece == bytes(len(piece)) for piece in _end_pieces(device))
 
 
 def is_readable(device: str) -> bool:
@@ -287,8 +280,7 @@ def make(
         _run_or_refuse(argv, timeout_s, f"{device}: cannot be formatted as {fstype}")
     except Refused:
         # A device that broke meanwhile is no fault of the options; this raises Unavailable then.
-        for _ in _end_pieces(device):
-            pass
+        _check_readable(device)
         raise
 
 
@@ -465,6 +457,23 @@ def device_size_bytes(device: str) -> int:
         return os.lseek(fd, 0, os.SEEK_END)
     finally:
         os.close(fd)
+
+
+def _signature(device: str) -> str | None:
+    """Return what blkid recognises; None means nothing, or that it could not read (both are its status 2)."""
+    argv = ["blkid", "-p", "-u", "filesystem,raid,crypto,other", "-o", "export", "--", device]
+    done = command.run(argv, timeout_s=_PROBE_TIMEOUT_S, ok_statuses=(0, 2, 8))
+    if done.status == 8:
+        return AMBIGUOUS
+    if done.status == 2:
+        return None
+    found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    return found.get("TYPE") or f"{found.get('PTTYPE', 'unknown')} partition table"
+
+
+def _check_readable(device: str) -> None:
+    for _ in _end_pieces(device):
+        pass  # it raises Unavailable
 
 
 def _open(path: str, flags: int) -> int:

@@ -428,8 +428,8 @@ class Store:
             raise Busy(f"{old.id} was changed by another operation")
         return claim
 
-    def _resolve_claim(self, path: str, claim: str) -> None:
-        """Finish or drop a claim whose writer died.
+    def _resolve_claim(self, path: str, claim: str) -> bool:
+        """Finish or drop a claim whose writer died; says whether it was one of those.
 
         A living writer holds its claim for about a millisecond; one that is still the same file two seconds after
         it was first met is a dead one's. Its contents are complete: it becomes the record if the record still is
@@ -441,11 +441,13 @@ class Store:
                 seen_inode, since = self._claims_seen.setdefault(claim, (inode, time.monotonic()))
                 if seen_inode != inode:
                     self._claims_seen[claim] = (inode, time.monotonic())
-                    return
+                    return False
                 if time.monotonic() - since < _CLAIM_PATIENCE_S:
-                    return
+                    return False
                 del self._claims_seen[claim]
             self._finish_claim(path, claim)
+            return True
+        return False
 
     def _finish_claim(self, path: str, claim: str) -> None:
         """Rename a dead writer's claim over its record if it is the next version of the same object, else drop it."""
@@ -724,10 +726,13 @@ class Store:
             finally:
                 os.close(fd)
 
-    def drop_claims(self, folder: str, shard: str, name: str) -> None:
-        """Look at a claim that was found lying about: finish or drop it once it is old enough to be a dead one's."""
+    def settle_claim(self, folder: str, shard: str, name: str) -> bool:
+        """Look at a claim that was found lying about: finish or drop it once it is old enough to be a dead one's.
+
+        Says whether it did that; the record may have changed then.
+        """
         directory = f"{self.root}/{folder}/{shard}"
-        self._resolve_claim(f"{directory}/{name.rpartition('.g')[0]}", f"{directory}/{name}")
+        return self._resolve_claim(f"{directory}/{name.rpartition('.g')[0]}", f"{directory}/{name}")
 
     def discard_stray(self, folder: str, shard: str, name: str) -> None:
         """Remove a file in a shard that the caller has proved to belong to nothing."""

@@ -280,7 +280,7 @@ def what_next(console: Console) -> None:
     """Say where to go from here."""
     console.print(Text("\nWhat to do next", "bold"))
     console.print("  make test            everything that proves the driver, under 12 minutes", soft_wrap=True)
-    console.print('  README.md            "Install": the driver in a Kubernetes cluster', soft_wrap=True)
+    console.print('  README.md            "Run it by hand": the same on a mounted Quobyte volume', soft_wrap=True)
     console.print(f"  {Path(sys.executable).parent}/csi-quobyte --help    the commands", soft_wrap=True)
 
 

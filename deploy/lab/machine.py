@@ -84,7 +84,11 @@ class StandIn:
         options = "subtype=quobyte,allow_other"
         argv = ["bindfs", "-f", "-o", options, "--multithreaded", "--forward-odirect=512", self.directory, self.path]
         self._process = subprocess.Popen([str(part) for part in argv], start_new_session=True)
-        wait_for(f"bindfs at {self.path}", lambda: mounted_at(self.path))
+        try:
+            wait_for(f"bindfs at {self.path}", lambda: mounted_at(self.path))
+        except BaseException:  # also Ctrl-C: nobody else knows of the process yet
+            self.unmount()
+            raise
 
     @property
     def pid(self) -> int:
@@ -228,28 +232,28 @@ class Machine:
     def _common(self, socket: Path) -> list[str | Path]:
         return ["--endpoint", f"unix://{socket}", *self.pool_arguments, "--qemu-dir", QEMU_DIR, *self._extra]
 
-    def start_controller(self, *extra: str) -> None:
+    def start_controller(self, *extra: str | Path) -> None:
         """Start the controller and wait until it is ready."""
         arguments = ["controller", *self._common(self.base / "c.sock"), *extra]
         self.controller_process = Process(arguments, self.base / "controller.log")
         self._wait_ready(self.controller_process, self.base / "c.sock")
 
-    def start_node(self, *extra: str) -> None:
-        """Start the node and wait until it is ready and known in every pool."""
+    def start_node(self, *extra: str | Path, ready: bool = True) -> None:
+        """Start the node and wait until it is known in every pool and, unless `ready` is false, is ready."""
         state = self.base / "state"
         arguments = ["node", *self._common(self.base / "n.sock"), "--node-id", NODE_ID, "--state-dir", state, *extra]
         self.node_process = Process(arguments, self.base / "node.log")
-        self._wait_ready(self.node_process, self.base / "n.sock")
+        self._wait_ready(self.node_process, self.base / "n.sock", ready=ready)
         for directory in self.directories.values():
             wait_for("the node's record", partial(_holds_json, directory / "nodes"))
 
-    def _wait_ready(self, process: Process, socket: Path) -> None:
+    def _wait_ready(self, process: Process, socket: Path, *, ready: bool = True) -> None:
         def probe() -> bool:
             if process.process is not None and process.process.poll() is not None:
                 raise RuntimeError(f"the process has ended:\n{process.tail()}")
             with suppress(grpc.RpcError), grpc.insecure_channel(f"unix://{socket}") as channel:
                 answer = csi_pb2_grpc.IdentityStub(channel).Probe(csi.ProbeRequest(), timeout=5)
-                return bool(answer.ready.value)
+                return bool(answer.ready.value) or not ready
             return False
 
         try:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from lab.client import Client, mount_capability
-from lab.machine import QEMU_DIR, Machine, run, wait_for
 
 from csi_quobyte.pb import csi_pb2 as csi
+from lab.client import Client, mount_capability
+from lab.machine import QEMU_DIR, Machine, run, wait_for
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -60,8 +60,20 @@ def assert_clean(machine: Machine) -> None:
     assert machine.leftovers() == []
     attached = [row for row in objects(machine) if row["node"]]
     assert attached == []
-    # the collector works behind the calls, so what it has to do yet is given time
-    wait_for("check to find nothing", lambda: not machine.check(), timeout_s=20)
+    assert findings_left(machine) == []
+
+
+def findings_left(machine: Machine, *, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+    """Give what `csi-quobyte check` still finds when the collector, which works behind the calls, has had its time."""
+    found: list[dict[str, Any]] = []
+
+    def look() -> bool:
+        found[:] = machine.check()
+        return not found
+
+    with suppress(TimeoutError):
+        wait_for("check to find nothing", look, timeout_s=timeout_s)
+    return found
 
 
 def fails(code: grpc.StatusCode, call: Attempt, *arguments: Any, saying: str = "", **named: Any) -> str:
@@ -177,13 +189,13 @@ def discard(client: Client, *volume_ids: str) -> None:
 
 
 def stage_request(
-    client: Client, volume_id: str, context: Mapping[str, str], **changed: Any
+    client: Client, volume: str, context: Mapping[str, str], **changed: Any
 ) -> csi.NodeStageVolumeRequest:
     """Give a NodeStageVolume request, for calls that the client would not make."""
     fields: dict[str, Any] = {
-        "volume_id": volume_id,
+        "volume_id": volume,
         "publish_context": context,
-        "staging_target_path": str(client.staging_path(volume_id)),
+        "staging_target_path": str(client.staging_path(volume)),
         "volume_capability": mount_capability(),
     }
     return csi.NodeStageVolumeRequest(**fields | changed)

@@ -184,9 +184,7 @@ def test_ensure_with_another_file_is_refused(tmp_path: Path, new_tag: NewTag) ->
 
 @pytest.mark.root
 @pytest.mark.parametrize(("kind", "expected"), [("missing", NotFound), ("directory", Refused), ("fifo", Refused)])
-def test_ensure_on_something_else_fails(
-    kind: str, expected: type[Exception], tmp_path: Path, new_tag: NewTag
-) -> None:
+def test_ensure_on_something_else_fails(kind: str, expected: type[Exception], tmp_path: Path, new_tag: NewTag) -> None:
     path, tag = tmp_path / kind, new_tag()
     if kind == "directory":
         path.mkdir()

@@ -11,11 +11,24 @@ from pathlib import Path
 
 import grpc
 import pytest
-from lab.client import Client, Modes, block_capability, code_of, mount_capability
-from lab.machine import NODE_ID, Machine, wait_for
-from running import GIB, MIB, TIB, Code, discard, fails, head_of, listing, objects, running, volume_record
+from running import (
+    GIB,
+    MIB,
+    TIB,
+    Code,
+    discard,
+    fails,
+    findings_left,
+    head_of,
+    listing,
+    objects,
+    running,
+    volume_record,
+)
 
 from csi_quobyte.pb import csi_pb2 as csi
+from lab.client import Client, Modes, block_capability, code_of, mount_capability
+from lab.machine import NODE_ID, Machine, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -579,7 +592,7 @@ def test_a_torn_record_is_data_loss_for_its_volume_alone_and_can_be_deleted(mach
     fails(Code.NOT_FOUND, get, csi.ControllerGetVolumeRequest(volume_id=torn))
     for volume in (good, copy):
         calls.delete(volume)
-    wait_for("check to find nothing", lambda: not machine.check())
+    assert findings_left(machine) == []
 
 
 def test_a_torn_snapshot_record_can_be_deleted_and_its_restore_lives_on(machine: Machine, calls: Client) -> None:
@@ -592,7 +605,7 @@ def test_a_torn_snapshot_record_can_be_deleted_and_its_restore_lives_on(machine:
     fails(Code.DATA_LOSS, calls.controller.GetSnapshot, csi.GetSnapshotRequest(snapshot_id=snapshot))
     assert not snapshots_of(calls).entries
     calls.delete_snapshot(snapshot)
-    wait_for("check to find nothing", lambda: not machine.check())
+    assert findings_left(machine) == []
     calls.delete(volume)
     request = csi.ControllerGetVolumeRequest(volume_id=restored)
     assert calls.controller.ControllerGetVolume(request).volume.capacity_bytes == 64 * MIB

@@ -131,12 +131,8 @@ def test_delete_again_and_of_what_never_was_succeeds(kit: Kit) -> None:
     assert tree(kit.store.root) == new
 
 
-@pytest.mark.parametrize(
-    ("state", "kind"), [(SnapshotState.CREATING, Unavailable), (SnapshotState.DELETING, NotFound)]
-)
-def test_restore_of_an_unfinished_snapshot_is_not_made(
-    kit: Kit, state: SnapshotState, kind: type[Exception]
-) -> None:
+@pytest.mark.parametrize(("state", "kind"), [(SnapshotState.CREATING, Unavailable), (SnapshotState.DELETING, NotFound)])
+def test_restore_of_an_unfinished_snapshot_is_not_made(kit: Kit, state: SnapshotState, kind: type[Exception]) -> None:
     kit.create("v")
     snapshot = kit.snapshot("s", of="v")
     kit.store.swap(snapshot, replace(snapshot, state=state))

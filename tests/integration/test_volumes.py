@@ -214,9 +214,7 @@ def test_clones_of_an_unwritten_clone_do_not_lengthen_the_chain(kit: Kit) -> Non
     assert kit.holds("c5", 1)
 
 
-def test_clone_at_the_hard_depth_is_exhausted_and_leaves_nothing(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clone_at_the_hard_depth_is_exhausted_and_leaves_nothing(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("csi_quobyte.engine.layers.HARD_DEPTH", 3)
     kit.create("v")
     for pattern in (1, 2):

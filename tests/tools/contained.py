@@ -34,7 +34,7 @@ from typing import TextIO
 MARK = "CSI_QUOBYTE_RUN"
 LOOP_TAG = int.from_bytes(b"cq")  # the top two bytes of `sizelimit`, by which the driver finds its loop devices
 OWNER = ".csi-quobyte-run"
-PREFIX = "cq-"  # short: sockets live below, and a socket's path has at most 107 bytes
+PREFIX = "cqt-"  # short: sockets live below, and a socket's path has at most 107 bytes
 
 LOOP_GET_STATUS64 = 0x4C05
 LOOP_INFO64_BYTES = 232

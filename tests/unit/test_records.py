@@ -106,9 +106,9 @@ def test_every_torn_form_is_corrupt_and_names_the_file(value: object) -> None:
         b'"ready"',
         records.encode(SNAPSHOT),
         records.encode(LAYER),
-        records.encode(replace(VOLUME, size_bytes=1)).replace(b'"size_bytes":1', b'"size_bytes":"much"').replace(
-            b'"size_bytes": 1', b'"size_bytes": "much"'
-        ),
+        records.encode(replace(VOLUME, size_bytes=1))
+        .replace(b'"size_bytes":1', b'"size_bytes":"much"')
+        .replace(b'"size_bytes": 1', b'"size_bytes": "much"'),
         records.encode(VOLUME).replace(b"qcow2", b"vmdk"),
         records.encode(VOLUME).replace(b'"ready"', b'"merging"'),
     ],
@@ -152,7 +152,9 @@ def test_no_text_makes_the_parser_fail(text: str) -> None:
     assert records.parse_marker(text) is None or text[0] in "cvs"
 
 
-@pytest.mark.parametrize("text", ["", "x", VOLUME.id + "0", VOLUME.id[:-1], VOLUME.id.upper(), f"../{VOLUME.id}", "a\n"])
+@pytest.mark.parametrize(
+    "text", ["", "x", VOLUME.id + "0", VOLUME.id[:-1], VOLUME.id.upper(), f"../{VOLUME.id}", "a\n"]
+)
 def test_parse_id_refuses_what_cannot_be_ours(text: str) -> None:
     assert records.parse_id(text) is None
 

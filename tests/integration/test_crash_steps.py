@@ -1,0 +1,297 @@
+"""Every operation, killed with SIGKILL before each of its durable steps; then retried, or its object deleted.
+
+Axes: operation × step × what comes after. For each of them: the retry completes, every disk holds what it must, no
+error is found by `check`, nothing at all after the collector, and when everything is deleted the pool is as new.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from controller_kit import SIZE_BYTES, Kit, Tree, tree
+from crash_runner import OPERATIONS
+
+from csi_quobyte.engine import collector
+from csi_quobyte.errors import Busy
+from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool.records import SnapshotState, VolumeState
+from csi_quobyte.pool.store import Store
+
+RETRY_S = 5.0
+MINIMUM_KILLS = 300
+
+
+class Runner:
+    """The process that has its children killed."""
+
+    def __init__(self) -> None:
+        package = Path(store_module.__file__).parents[2]
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("crash_runner.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(package)},
+        )
+        self.kills = 0
+
+    def run(self, root: Path, operation: str, kill_at: int) -> bool:
+        """Run an operation and kill it before a step; False when it ended before it came to that step."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"root": str(root), "operation": operation, "kill_at": kill_at}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        self.kills += answer["killed"]
+        return bool(answer["killed"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    made = Runner()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def template() -> Iterator[tuple[Path, Tree]]:
+    """A pool in which every operation has something to work on, and how it looked when it was new.
+
+    v (1, 2) written, with snapshot s (1); c an untouched clone of v's state (1, 2); a attached to a node; deleting:
+    half-done deletes and layers without references for the collector.
+    """
+    # in memory where there is such a place: what survives a SIGKILL is the same, and an fsync costs nothing
+    memory = Path("/dev/shm")
+    parent = Path(tempfile.mkdtemp(prefix="csi-quobyte-test-", dir=memory if memory.is_dir() else None))
+    root = parent / "pool"
+    root.mkdir()
+    store_module.initialise(str(root), owner=_owner(), modes=store_module.Modes())
+    as_new = tree(root)
+    kit = Kit(Store(str(root)))
+    kit.add_node()
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    kit.write("v", 2, block=1)
+    kit.create("c", source=kit.from_volume("v"))
+    kit.write("v", 3, block=2)
+    kit.create("a", image_format="raw")
+    kit.attach("a")
+    for name in ("gone", "half-gone"):
+        kit.create(name)
+        kit.write(name, 1)
+        kit.snapshot(f"{name}-s", of=name)
+    kit.delete("gone")
+    kit.delete_snapshot("gone-s")
+    half = kit.store.volume(kit.volume_id("half-gone"))
+    kit.store.swap(half, store_module.replace(half, state=VolumeState.DELETING))
+    half_snapshot = kit.store.snapshot(kit.snapshot_id("half-gone-s"))
+    kit.store.swap(half_snapshot, store_module.replace(half_snapshot, state=SnapshotState.DELETING))
+    kit.store.replenish_reserve()
+    kit.store.close()
+    yield root, as_new
+    shutil.rmtree(parent)
+
+
+def _owner() -> store_module.Owner:
+    return store_module.Owner(uid=os.geteuid(), gid=os.getegid())
+
+
+@pytest.fixture
+def fresh(template: tuple[Path, Tree]) -> Iterator[Callable[[], Kit]]:
+    """Give a copy of the template pool, each time anew."""
+    opened: list[Store] = []
+    source, as_new = template
+    target = source.with_name("fresh")
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["cp", "-a", "--sparse=always", str(source), str(target)], check=True, timeout=20)
+    contents = [Path(name) for name in tree(source) if name not in as_new]
+
+    def make() -> Kit:
+        if opened:
+            # the run before has just been shown to have left a pool as new: only what was in it is put back
+            opened.pop().close()
+            for name in contents:
+                _copy(source / name, target / name)
+        opened.append(Store(str(target)))
+        return Kit(opened[0])
+
+    yield make
+    while opened:
+        opened.pop().close()
+    shutil.rmtree(target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir(mode=0o700)
+    else:
+        shutil.copy2(source, target)
+
+
+def retry(work: Callable[[], object]) -> None:
+    """Repeat an operation as a sidecar does: until it is not Busy."""
+    deadline = time.monotonic() + RETRY_S
+    while True:
+        try:
+            work()
+        except Busy:
+            assert time.monotonic() < deadline, "the retry does not complete"
+        else:
+            return
+
+
+# What each disk holds after the operation: (volume, its blocks).
+UNTOUCHED = {"v": (1, 2, 3), "c": (1, 2, 0), "a": (0, 0, 0)}
+AFTER: dict[str, dict[str, tuple[int, ...]]] = {
+    "create blank": {"new": (0, 0, 0)},
+    "create raw": {"new": (0, 0, 0)},
+    "create from snapshot": {"new": (1, 0, 0)},
+    "create from volume": {"new": (1, 2, 3)},
+    "create from untouched volume": {"new": (1, 2, 0)},
+}
+SNAPSHOT_AFTER = {"snapshot": (1, 2, 3), "snapshot of untouched volume": (1, 2, 0)}
+# What deletes the object that an operation works on.
+DELETES: dict[str, Callable[[Kit], None]] = {
+    "create blank": lambda kit: kit.delete("new"),
+    "create raw": lambda kit: kit.delete("new"),
+    "create from snapshot": lambda kit: kit.delete("new"),
+    "create from volume": lambda kit: kit.delete("new"),
+    "create from untouched volume": lambda kit: kit.delete("new"),
+    "snapshot": lambda kit: kit.delete_snapshot("new"),
+    "snapshot of untouched volume": lambda kit: kit.delete_snapshot("new"),
+    "delete snapshot": lambda kit: kit.delete_snapshot("s"),
+    "expand": lambda kit: kit.delete("v"),
+}
+
+
+def check_contents(kit: Kit, expected: dict[str, tuple[int, ...]]) -> None:
+    for name, blocks in expected.items():
+        assert kit.holds(name, *blocks), f"volume {name} does not hold {blocks}"
+
+
+def check_pool(kit: Kit, *, inside: bool) -> None:
+    """No damage before the collector, nothing at all after it. `inside`: let qemu-img look into the images, too."""
+    assert kit.errors() == []
+    kit.sweep_until_quiet()
+    assert (kit.check() if inside else sorted(kit.findings())) == []
+    kit.consistency()
+
+
+def check_all_deleted(kit: Kit, as_new: Tree) -> None:
+    kit.delete_everything()
+    assert tree(kit.store.root) == as_new
+
+
+def check_effect(kit: Kit, operation: str) -> None:
+    """What the operation has promised, once it has returned."""
+    expected = {**UNTOUCHED, **AFTER.get(operation, {})}
+    if operation == "delete volume":
+        del expected["v"]
+        assert kit.store.find_volume(kit.volume_id("v")) is None
+    if operation == "expand":
+        assert kit.store.volume(kit.volume_id("v")).size_bytes == 2 * SIZE_BYTES
+    if operation == "attach":
+        assert kit.store.volume(kit.volume_id("v")).attachments[0].generation == 1
+    if operation == "detach":
+        assert kit.store.volume(kit.volume_id("a")).attachments == ()
+    if blocks := SNAPSHOT_AFTER.get(operation):
+        assert kit.snapshot_holds("new", *blocks)
+    if operation == "delete snapshot":
+        assert kit.store.find_snapshot(kit.snapshot_id("s")) is None
+    else:
+        assert kit.snapshot_holds("s", 1, 0, 0)
+    check_contents(kit, expected)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operation_killed_before_any_step_is_completed_by_a_retry(
+    operation: str, runner: Runner, template: tuple[Path, Tree], fresh: Callable[[], Kit], impatient: None
+) -> None:
+    before = runner.kills
+    for step in range(1, 1000):
+        kit = fresh()
+        if not runner.run(Path(kit.store.root), operation, step):
+            break
+        with _named(operation, step):
+            retry(lambda kit=kit: OPERATIONS[operation](kit))  # type: ignore[misc]
+            check_effect(kit, operation)
+            check_pool(kit, inside=step % 4 == 1)
+            check_effect(kit, operation)
+            check_all_deleted(kit, template[1])
+    assert runner.kills - before == step - 1 > 2
+    print(f"{operation}: killed before each of {step - 1} steps, retried")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("operation", DELETES)
+def test_object_of_an_operation_killed_before_any_step_can_be_deleted(
+    operation: str, runner: Runner, template: tuple[Path, Tree], fresh: Callable[[], Kit], impatient: None
+) -> None:
+    for step in range(1, 1000):
+        kit = fresh()
+        if not runner.run(Path(kit.store.root), operation, step):
+            break
+        with _named(operation, step):
+            retry(lambda kit=kit: DELETES[operation](kit))  # type: ignore[misc]
+            check_pool(kit, inside=False)
+            left = dict(UNTOUCHED)
+            if operation == "expand":
+                del left["v"]
+            check_contents(kit, left)
+            check_all_deleted(kit, template[1])
+    assert step > 3
+    print(f"{operation}: killed before each of {step - 1} steps, deleted")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("operation", ["create from volume", "snapshot"])
+def test_sources_of_a_killed_operation_can_be_deleted_first(
+    operation: str, runner: Runner, template: tuple[Path, Tree], fresh: Callable[[], Kit], impatient: None
+) -> None:
+    for step in range(1, 1000):
+        kit = fresh()
+        if not runner.run(Path(kit.store.root), operation, step):
+            break
+        with _named(operation, step):
+            retry(lambda kit=kit: kit.delete("v"))  # type: ignore[misc]
+            with suppress(Busy):
+                collector.sweep(kit.store)
+            assert kit.errors() == []
+            retry(lambda kit=kit: DELETES[operation](kit))  # type: ignore[misc]
+            check_pool(kit, inside=False)
+            check_contents(kit, {"c": (1, 2, 0)})
+            check_all_deleted(kit, template[1])
+
+
+def test_enough_was_killed(runner: Runner) -> None:
+    """Comes last: the numbers of the tests above, and a floor under them."""
+    print(f"{runner.kills} processes were killed")
+    assert runner.kills >= MINIMUM_KILLS
+
+
+class _named:  # noqa: N801 - reads as a word
+    """Adds the operation and the step to a failed assertion."""
+
+    def __init__(self, operation: str, step: int) -> None:
+        self._note = f"{operation}, killed before step {step}"
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            error.add_note(self._note)
