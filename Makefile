@@ -66,7 +66,7 @@ lint-steps:
 	@ruff format --check .
 	@mypy
 	@MYPYPATH=deploy mypy --explicit-package-bases --package lab
-	@MYPYPATH=deploy mypy --strict tests/tools/contained.py tests/sanity/run.py bench/run.py
+	@MYPYPATH=deploy mypy --strict --explicit-package-bases tests/tools/contained.py tests/sanity/run.py bench/run.py
 	@lint-imports
 	@tests/tools/lock.sh --check
 

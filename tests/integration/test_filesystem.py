@@ -450,7 +450,7 @@ def test_unmounted_ext4_grows_and_keeps_its_data(
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("rest_bytes", [4096, MIB, 2 * MIB, 3 * MIB, 8 * MIB])
+@pytest.mark.parametrize("rest_bytes", [4096, MIB, 2 * MIB, 3 * MIB, 8 * MIB, 16 * MIB])
 def test_growth_ends_also_when_the_last_group_does_not_fit(
     rest_bytes: int, directory: Path, new_device: NewDevice
 ) -> None:
@@ -459,6 +459,8 @@ def test_growth_ends_also_when_the_last_group_does_not_fit(
     enlarge(directory, device, 384 * MIB + rest_bytes)
     filesystem.grow_unmounted(device.path, "ext4")
     assert not filesystem.needs_growth(device.path, "ext4", None)
+    shown = shell("dumpe2fs", "-h", device.path).partition("Block count:")[2].split()[0]
+    assert (int(shown) * 4096 == 384 * MIB + rest_bytes) == (rest_bytes > 8 * MIB)
 
 
 @pytest.mark.root

@@ -10,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,8 +131,14 @@ def test_ensure_twice_is_one_device(tmp_path: Path, new_tag: NewTag) -> None:
 @pytest.mark.root
 def test_ensure_from_many_threads_with_one_tag_is_one_device(tmp_path: Path, new_tag: NewTag) -> None:
     tag, backing = new_tag(), make_file(tmp_path / "f")
+    start = threading.Barrier(8, timeout=10)
+
+    def ensure(_: int) -> loop.LoopDevice:
+        start.wait()
+        return loop.ensure(tag, backing, read_only=False)
+
     with ThreadPoolExecutor(8) as pool:
-        devices = list(pool.map(lambda _: loop.ensure(tag, backing, read_only=False), range(16)))
+        devices = list(pool.map(ensure, range(8)))
     assert len(set(devices)) == 1
     assert [device.tag for device in loop.scan("zt:")].count(tag) == 1
 
