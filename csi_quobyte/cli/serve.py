@@ -20,6 +20,7 @@ from csi_quobyte.cli import options
 from csi_quobyte.config import Common, NodeConfig, parse_address
 from csi_quobyte.engine.collector import Collector
 from csi_quobyte.errors import DriverError, Unavailable
+from csi_quobyte.host import command
 from csi_quobyte.host.qemu import QemuTools, find_tools, gate
 from csi_quobyte.host.qsd import Daemons
 from csi_quobyte.operations.staging import Node
@@ -43,6 +44,7 @@ RETRY_POOL_S = 10.0
 @options.serving
 def controller(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
     """Serve the CSI Controller: volumes, snapshots, attachments. Needs no privileges."""
+    command.isolate()
     config = Common(
         pools=options.parse_pools(pool),
         pool_timeout_s=options.parse_duration_s("--pool-timeout", pool_timeout),
@@ -79,6 +81,7 @@ def controller(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> Non
 )
 def node(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
     """Serve the CSI Node: devices and mounts on this machine. Needs root."""
+    command.isolate()
     config = NodeConfig(
         pools=options.parse_pools(pool),
         pool_timeout_s=options.parse_duration_s("--pool-timeout", pool_timeout),

@@ -11,6 +11,9 @@ What always holds:
 - Children run in their own session, with cwd "/", LC_ALL=C and PATH as their whole environment; paths in an
   argument list must therefore be absolute.
 - No zombie is left while this process lives.
+- After `isolate`, starting a command never touches a file that other threads have open. Without it, a child closes its
+  copies of all of them before it executes anything, and closing a file of a hung FUSE mount waits for that mount: one
+  hung pool would keep every command from starting (measured; the parent waits in vfork, beyond any time limit).
 
 A detached process and its supervisor:
 
@@ -21,6 +24,8 @@ A detached process and its supervisor:
 """
 
 import contextlib
+import contextvars
+import ctypes
 import logging
 import os
 import select
@@ -29,14 +34,16 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from csi_quobyte.errors import Unavailable
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 MAX_OUTPUT_BYTES = 8 * 1024 * 1024
 _READ_BYTES = 64 * 1024
@@ -74,6 +81,13 @@ printf '%s\n' "$identity"
 shift 3
 exec "$@" >&2
 """
+
+
+_CLONE_FILES = 0x400  # linux/sched.h
+_ISOLATED_THREADS = 32
+
+# The one mutable thing here: a property of the whole process, set once at its start.
+_isolated: ThreadPoolExecutor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,43 @@ class CommandTimedOut(CommandFailed):
     """A command was killed at its time limit; what it did until then is unknown."""
 
 
+def isolate() -> None:
+    """Run all commands from now on from threads that have file descriptor tables of their own.
+
+    Call it once, first thing in a process that serves: what is open at this moment is in those tables for ever, what is
+    opened later never. Descriptors of a command are made and closed on one such thread.
+
+    Raises:
+        OSError: the kernel refuses (unshare(2) of the file table needs no privilege).
+    """
+    global _isolated
+    if _isolated is not None:
+        return
+    # All threads now: one that is started later would copy the table as it is then.
+    started = threading.Barrier(_ISOLATED_THREADS + 1)
+    executor = ThreadPoolExecutor(_ISOLATED_THREADS, thread_name_prefix="command")
+    futures = [executor.submit(_own_file_table, started) for _ in range(_ISOLATED_THREADS)]
+    started.wait()
+    for future in futures:
+        future.result()
+    _isolated = executor
+
+
+def _own_file_table(started: threading.Barrier) -> None:
+    started.wait()  # no thread ends, and so none does this twice, before all have begun
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_FILES):
+        error = ctypes.get_errno()
+        raise OSError(error, f"unshare: {os.strerror(error)}")
+
+
+def _isolated_call(work: Callable[[], _T]) -> _T:
+    """Do `work` on a thread with its own file table, if there are such; a command's time limit bounds it."""
+    if _isolated is None:
+        return work()
+    return _isolated.submit(contextvars.copy_context().run, work).result()
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -155,6 +206,19 @@ def run(
         CommandFailed: its status is not in `ok_statuses`, it could not be started (status 127), or it printed more
             than MAX_OUTPUT_BYTES (it is killed then).
     """
+    completed = _isolated_call(lambda: _run(argv, timeout_s, input, limits, env_extra))
+    if completed.status not in ok_statuses:
+        raise CommandFailed(argv, completed.status, completed.stderr)
+    return completed
+
+
+def _run(
+    argv: Sequence[str],
+    timeout_s: float,
+    input: bytes | None,  # noqa: A002
+    limits: Limits | None,
+    env_extra: Mapping[str, str] | None,
+) -> Completed:
     full_argv = [*_limit_prefix(limits), *argv]
     with _input_file(input) as stdin:
         process = _start(argv, full_argv, stdin, subprocess.PIPE, subprocess.PIPE, env_extra)
@@ -165,10 +229,7 @@ def run(
         raise
     finally:
         _close_pipes(process)
-    status = _shell_status(process.wait())  # it has exited: this only reaps it
-    if status not in ok_statuses:
-        raise CommandFailed(argv, status, stderr)
-    return Completed(status, stdout, stderr)
+    return Completed(_shell_status(process.wait()), stdout, stderr)  # it has exited: this only reaps it
 
 
 def spawn_detached(
@@ -191,6 +252,17 @@ def spawn_detached(
         CommandFailed: the supervisor could not be started, could not write `pid_path`, or did not get the daemon under
             way within `timeout_s`; everything started was killed.
     """
+    return _isolated_call(lambda: _spawn_detached(argv, log_path, status_path, pid_path, env_extra, timeout_s))
+
+
+def _spawn_detached(
+    argv: Sequence[str],
+    log_path: str,
+    status_path: str,
+    pid_path: str,
+    env_extra: Mapping[str, str] | None,
+    timeout_s: float,
+) -> Detached:
     for stale in (pid_path, status_path):
         Path(stale).unlink(missing_ok=True)
     supervisor_argv = ["sh", "-c", _SUPERVISOR, "sh", pid_path, status_path, _BECOME_DAEMON, *argv]
