@@ -39,13 +39,14 @@ _LEASE = "collector"
 
 @dataclass
 class Report:
-    """What one pass did."""
+    """What one pass did; `left` counts the layers that it wanted to drop and could not (a claim in the way, damage)."""
 
     finished_deletes: int = 0
     finished_freezes: int = 0
     markers: int = 0
     layers: int = 0
     files: int = 0
+    left: int = 0
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
@@ -218,8 +219,11 @@ def _drop_unreferenced(store: Store, found: Index, report: Report) -> None:
             continue
         if layer.id in named and layer.state is not LayerState.RETIRED:
             continue  # a record needs it: a marker was lost, which check reports, or its owner has just been removed
+        report.left += 1
         with _if_free(store):
-            report.layers += layers.drop_upwards(store, layer.id)
+            dropped = layers.drop_upwards(store, layer.id)
+            report.layers += dropped
+            report.left -= dropped > 0 or store.find_layer(layer.id) is None
 
 
 def _remove_damaged_layers(store: Store, found: Index, report: Report) -> None:

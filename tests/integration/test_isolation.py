@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lab.machine import StandIn
 
 _PROGRAM = """
