@@ -194,6 +194,8 @@ def _stray(found: Index, stray: Stray) -> Finding | None:
         if owner in found.layers or owner in found.intended_layers or owner in found.unreadable:
             return None
         return Finding("orphan-file", owner, path, "no layer record names this file")
+    if stray.folder == "volumes" and ending.startswith("new-"):
+        return Finding("unfinished", owner, path, "the making of this volume was interrupted")
     if stray.folder == "volumes" and ending.startswith("content-"):
         volume = found.volumes.get(owner)
         if owner in found.unreadable or (volume and ending == f"content-{volume.uid}"):

@@ -34,12 +34,14 @@ log = logging.getLogger(__name__)
 
 PASS_EVERY_S = 300.0
 _PASSES_AT_MOST = 5
+# between passes when a claim is in the way: some passes later it counts as a dead process's
+_CLAIM_PAUSE_S = 1.0
 _LEASE = "collector"
 
 
 @dataclass
 class Report:
-    """What one pass did; `left` counts the layers that it wanted to drop and could not (a claim in the way, damage)."""
+    """What one pass did; `left` counts what it could not do for a moment: a dead process's claim was in the way."""
 
     finished_deletes: int = 0
     finished_freezes: int = 0
@@ -113,6 +115,8 @@ class Collector:
                 return
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(report.layers)
             log.info("collector of pool %s: %s", self._pool.name, report)
+            if report.left:
+                self._stopping.wait(_CLAIM_PAUSE_S)
 
 
 def sweep(store: Store) -> Report:
@@ -126,12 +130,15 @@ def sweep(store: Store) -> Report:
         found = index_module.read(store)
         _finish_deletes(store, found, report)
         _finish_freezes(store, found, report)
+        _undo_announced(store, found, report)
         if found.unreadable:
             log.error(
                 "nothing without a known owner is removed while these records cannot be read: %s",
                 "; ".join(found.unreadable.values()),
             )
-            _remove_damaged_layers(store, found, report)
+            if all(is_layer_id(record_id) for record_id in found.unreadable):
+                _drop_unreferenced(store, found, report)
+                _remove_damaged_layers(store, found, report)
         else:
             found = index_module.read(store) if report else found
             _remove_stale_markers(store, found, report)
@@ -142,7 +149,7 @@ def sweep(store: Store) -> Report:
 
 
 @contextmanager
-def _if_free(store: Store, *names: str) -> Iterator[bool]:
+def _if_free(store: Store, report: Report, *names: str) -> Iterator[bool]:
     """Hold some locks, or give False when one of them is taken. What is taken, busy or damaged must not stop the work
     on the rest: it is looked at again in the next pass.
     """
@@ -156,6 +163,7 @@ def _if_free(store: Store, *names: str) -> Iterator[bool]:
         try:
             yield True
         except (Busy, Corrupt, NotFound) as error:
+            report.left += isinstance(error, Busy)  # the others are for a human, another pass would not help
             log.warning("left for the next pass: %s", error)
 
 
@@ -166,7 +174,7 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
             names = [volume.id]
             if volume.source and volume.source.kind == "volume" and volume.unfinished:
                 names.append(volume.source.id)
-            with _if_free(store, *names) as free:
+            with _if_free(store, report, *names) as free:
                 current = store.find_volume(volume.id) if free else None
                 if current and current.state is VolumeState.DELETING:
                     released = removal.remove_volume(store, current)
@@ -174,7 +182,7 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
                     report.layers += layers.drop_upwards(store, released)
     for snapshot in found.snapshots.values():
         if snapshot.state is SnapshotState.DELETING:
-            with _if_free(store, snapshot.source_volume, snapshot.id) as free:
+            with _if_free(store, report, snapshot.source_volume, snapshot.id) as free:
                 current_snapshot = store.find_snapshot(snapshot.id) if free else None
                 if current_snapshot and current_snapshot.state is SnapshotState.DELETING:
                     released = removal.remove_snapshot(store, current_snapshot)
@@ -188,11 +196,20 @@ def _finish_freezes(store: Store, found: Index, report: Report) -> None:
         head = found.layers.get(volume.head)
         below = found.layers.get(head.parent) if head and head.parent else None
         if below and below.state is LayerState.HEAD and volume.state is VolumeState.READY:
-            with _if_free(store, volume.id) as free:
+            with _if_free(store, report, volume.id) as free:
                 current = store.find_volume(volume.id) if free else None
                 if current and current.head == volume.head:
                     layers.finish_freeze(store, current)
                     report.finished_freezes += 1
+
+
+def _undo_announced(store: Store, found: Index, report: Report) -> None:
+    """Undo the blank volumes whose making a crash has ended; one that is being made now has its lock held."""
+    for layer_id, volume_id in found.announced.items():
+        with _if_free(store, report, volume_id) as free:
+            if free:
+                layers.undo_announced(store, volume_id, layer_id)
+                report.files += 1
 
 
 def _remove_stale_markers(store: Store, found: Index, report: Report) -> None:
@@ -203,7 +220,7 @@ def _remove_stale_markers(store: Store, found: Index, report: Report) -> None:
             if marker is None or found.needs(layer_id, marker):
                 continue
             locks = [marker.id] if marker.kind in {"v", "s"} else []
-            with _if_free(store, *locks) as free:
+            with _if_free(store, report, *locks) as free:
                 if free:
                     log.warning("marker %s on layer %s belongs to nothing and is removed", name, layer_id)
                     store.unmark(layer_id, name)
@@ -219,25 +236,22 @@ def _drop_unreferenced(store: Store, found: Index, report: Report) -> None:
             continue
         if layer.id in named and layer.state is not LayerState.RETIRED:
             continue  # a record needs it: a marker was lost, which check reports, or its owner has just been removed
-        report.left += 1
-        with _if_free(store):
+        with _if_free(store, report):
             dropped = layers.drop_upwards(store, layer.id)
             report.layers += dropped
-            report.left -= dropped > 0 or store.find_layer(layer.id) is None
+            report.left += not dropped and store.find_layer(layer.id) is not None
 
 
 def _remove_damaged_layers(store: Store, found: Index, report: Report) -> None:
     """Remove layers whose own record is what cannot be read, once their volumes and snapshots have been deleted.
 
-    Nothing else could: no call names a layer. An empty refs directory says that nobody owns one; but only while every
-    volume and snapshot can be read, so that a lost marker would show.
+    Nothing else could: no call names a layer. An empty refs directory says that nobody owns one; the caller has seen
+    that every volume and snapshot can be read, so that a lost marker of theirs would show.
     """
-    if not all(is_layer_id(record_id) for record_id in found.unreadable):
-        return
     for layer_id in found.unreadable:
         if found.refs.get(layer_id) or layer_id in found.named_layers or layer_id in found.intended_layers:
             continue
-        with _if_free(store):
+        with _if_free(store, report):
             layers.remove_damaged(store, layer_id)
             report.layers += 1
 
@@ -249,7 +263,7 @@ def _remove_orphan_files(store: Store, found: Index, report: Report) -> None:
         if ".json.g" in stray.name:
             report.files += store.settle_claim(stray.folder, stray.shard, stray.name)
         elif _is_orphan(found, stray, intended):
-            with _if_free(store):
+            with _if_free(store, report):
                 if stray.name.endswith(".refs"):
                     store.condemn(stray.name.removesuffix(".refs"))
                 else:

@@ -37,14 +37,24 @@ class Index:
     unreadable: dict[str, str] = field(default_factory=dict)
 
     @cached_property
+    def announced(self) -> dict[str, str]:
+        """The layer ids of blank volumes that are being made, or were left so, with the volumes' ids."""
+        found = {}
+        for stray in self.strays:
+            volume_id, _, ending = stray.name.partition(".")
+            if stray.folder == "volumes" and ending.startswith("new-"):
+                found[ending.removeprefix("new-")] = volume_id
+        return found
+
+    @cached_property
     def intended_layers(self) -> frozenset[str]:
-        """The layer ids that an unfinished volume or snapshot names and may be making at this moment."""
+        """The layer ids that an announcement or an unfinished record names and may be making at this moment."""
         volumes = [volume for volume in self.volumes.values() if volume.unfinished]
         snapshots = [snapshot for snapshot in self.snapshots.values() if snapshot.unfinished]
         intended = {volume.head for volume in volumes}
         intended |= {volume.source_next for volume in volumes if volume.source_next}
         intended |= {snapshot.next for snapshot in snapshots if snapshot.next}
-        return frozenset(intended)
+        return frozenset(intended | self.announced.keys())
 
     @cached_property
     def intended_heads(self) -> frozenset[tuple[str, str]]:
@@ -80,6 +90,8 @@ class Index:
                 snapshot = self.snapshots.get(marker.id)
                 return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id
             case "v":
+                if self.announced.get(layer_id) == marker.id:
+                    return True
                 volume = self.volumes.get(marker.id)
                 if volume is None or volume.uid != marker.uid:
                     return False
@@ -89,13 +101,16 @@ class Index:
 def read(store: Store) -> Index:
     """Read all of a pool. Damaged records are listed, not raised."""
     index = Index()
-    index.strays = [Stray(*entry) for entry in store.stray_files()]
+    index.strays = [Stray(*entry) for entry in store.stray_files("layers")]
     for stray in index.strays:
-        if stray.folder == "layers" and stray.name.endswith(".refs"):
+        if stray.name.endswith(".refs"):
             layer_id = stray.name.removesuffix(".refs")
             markers = store.markers(layer_id)
             if markers is not None:
                 index.refs[layer_id] = markers
+    # announcements, too, are made before what they name: looked for after the markers and before the records that
+    # they become
+    index.strays += [Stray(*entry) for folder in ("volumes", "snapshots") for entry in store.stray_files(folder)]
     _read_into(index, index.volumes, store.volume_ids(), store.find_volume)
     _read_into(index, index.snapshots, store.snapshot_ids(), store.find_snapshot)
     _read_into(index, index.layers, store.layer_ids(), store.find_layer)

@@ -9,6 +9,7 @@ record that needs it, and taken away after that record is gone or no longer need
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
@@ -38,10 +39,12 @@ def make_base(
     image_format: ImageFormat,
     size_bytes: int,
     preallocation: Preallocation,
+    also: Sequence[str] = (),
 ) -> LayerRecord:
     """Make the blank base of a new volume, referred to by `marker`; made before is success.
 
-    An intent record names `layer_id` already, so that a crash in here leaves nothing without an owner.
+    An announcement or intent names `layer_id` already, so that a crash in here leaves nothing without an owner. The
+    files `also` are made durable together with the layer.
 
     Raises:
         Exhausted: no space; what was made so far is undone with the intent.
@@ -55,10 +58,18 @@ def make_base(
         parent=None,
         state=LayerState.HEAD,
     )
-    return _make(store, record, marker, writer)
+    return store.make_layer(record, marker, writer, also=also)
 
 
-def make_overlay(store: Store, layer_id: str, marker: str, *, parent: LayerRecord, size_bytes: int) -> LayerRecord:
+def make_overlay(
+    store: Store,
+    layer_id: str,
+    marker: str,
+    *,
+    parent: LayerRecord,
+    size_bytes: int,
+    also: Sequence[str] = (),
+) -> LayerRecord:
     """Make an empty overlay over `parent`, referred to by `marker`; made before is success.
 
     The overlay is at least as large as its parent: with a smaller one, data beyond its end would show again later.
@@ -68,7 +79,8 @@ def make_overlay(store: Store, layer_id: str, marker: str, *, parent: LayerRecor
     writer = images.overlay(
         size_bytes=size_bytes, backing_name=store.backing_name(layer_id, parent), backing_format=parent.format
     )
-    return _make(store, _overlay_record(layer_id, parent_id=parent.id, size_bytes=size_bytes), marker, writer)
+    record = _overlay_record(layer_id, parent_id=parent.id, size_bytes=size_bytes)
+    return store.make_layer(record, marker, writer, also=also)
 
 
 def _overlay_record(layer_id: str, *, parent_id: str, size_bytes: int) -> LayerRecord:
@@ -80,17 +92,6 @@ def _overlay_record(layer_id: str, *, parent_id: str, size_bytes: int) -> LayerR
         parent=parent_id,
         state=LayerState.HEAD,
     )
-
-
-def _make(store: Store, record: LayerRecord, marker: str, writer: images.Writer) -> LayerRecord:
-    """Make refs, image and record of a layer in this order: a record without refs would mean a condemned layer.
-
-    Each part is looked for on its own: after a power cut the names that an earlier attempt made may be there in part.
-    """
-    store.make_refs(record.id)
-    store.mark(record.id, marker)
-    store.publish_image(record.id, record.file, writer)
-    return store.find_layer(record.id) or store.create(record)
 
 
 def detached_volume(store: Store, volume_id: str, *, to_be: str) -> VolumeRecord:
@@ -225,6 +226,22 @@ def abandon(store: Store, layer_id: str, marker: str | None, *, parent: str | No
     remove_damaged(store, layer_id)
     if parent:
         store.unmark(parent, child_marker(layer_id))
+
+
+def undo_announced(store: Store, volume_id: str, layer_id: str) -> None:
+    """Undo a blank volume that was announced, unless it was published.
+
+    The announcement goes first: from then on nobody can publish it, and whether somebody had can be seen: by the
+    volume's record, or, when the volume has moved on or was deleted since, by what else refers to the layer.
+    """
+    store.revoke(volume_id, layer_id)
+    volume = store.find_volume(volume_id)
+    markers = store.markers(layer_id) or []
+    if (volume and volume.head == layer_id) or any(not marker.startswith("v-") for marker in markers):
+        return
+    for marker in markers:
+        store.unmark(layer_id, marker)
+    abandon(store, layer_id, None, parent=None)
 
 
 def remove_damaged(store: Store, layer_id: str) -> None:

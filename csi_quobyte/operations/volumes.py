@@ -97,6 +97,8 @@ class _Base:
     content: Content | None
 
 
+_NOTHING = _Base(None, None, 0, None)
+
 # --- create ----------------------------------------------------------------------------------------------------
 
 
@@ -119,18 +121,37 @@ def create(store: Store, request: CreateRequest, provisioned: Provisioned, relea
             with _also_locked(store, volume, request.source):
                 release(removal.remove_volume(store, volume))
             volume = None
-        if volume is None:
-            volume = _write_intent(store, volume_id, request, provisioned)
-        if volume.state is VolumeState.READY:
+        if volume and volume.state is VolumeState.READY:
             return volume
-        try:
-            ready = _finish(store, volume)
-        except _FINAL:
-            # final for the sidecars: they forget the volume, so nothing of it may stay
-            release(removal.remove_volume(store, store.volume(volume_id)))
-            raise
+        if request.source is None:
+            ready = _create_blank(store, _plan(store, volume_id, request, _NOTHING, provisioned))
+        else:
+            ready = _create_from(store, volume, volume_id, request, provisioned, release)
         provisioned.add(store, ready.size_bytes)
         return ready
+
+
+def _create_from(
+    store: Store,
+    volume: VolumeRecord | None,
+    volume_id: str,
+    request: CreateRequest,
+    provisioned: Provisioned,
+    release: Release,
+) -> VolumeRecord:
+    """Make a volume that lies on another object's layer: an intent first, or the one that an earlier call has left."""
+    if volume is None:
+        base = _find_base(store, request.source)
+        planned = _plan(store, volume_id, request, base, provisioned)
+        # An intent has to be seen before what it names, not to outlive a power cut: what is found without one then
+        # is removed by the collector.
+        volume = store.create(planned, sync=False)
+    try:
+        return _finish(store, volume)
+    except _FINAL:
+        # final for the sidecars: they forget the volume, so nothing of it may stay
+        release(removal.remove_volume(store, store.volume(volume_id)))
+        raise
 
 
 @contextmanager
@@ -151,35 +172,34 @@ def _also_locked(store: Store, volume: VolumeRecord, held: Source | None) -> Abs
     return stack
 
 
-def _write_intent(store: Store, volume_id: str, request: CreateRequest, provisioned: Provisioned) -> VolumeRecord:
-    base = _find_base(store, request.source)
+def _plan(store: Store, volume_id: str, request: CreateRequest, base: _Base, provisioned: Provisioned) -> VolumeRecord:
+    """Give the record of a volume to be made, as an intent.
+
+    Raises:
+        InvalidArgument, OutOfRange, Exhausted: it cannot be made so.
+    """
     filesystem = _choose_filesystem(request, base.content)
     size_bytes = request.size.choose(source_bytes=base.size_bytes, minimum_bytes=request.minimum_bytes)
     check_fits(store, provisioned, size_bytes, request.preallocation)
-    return store.create(
-        VolumeRecord(
-            id=volume_id,
-            uid=records.new_uid(),
-            name=request.name,
-            state=VolumeState.CREATING,
-            size_bytes=size_bytes,
-            head=records.new_layer_id(),
-            image_format=request.image_format,
-            preallocation=request.preallocation,
-            data_path=request.data_path,
-            access_type=request.access_type,
-            filesystem=filesystem,
-            mkfs_options=request.mkfs_options,
-            created_at=records.now(),
-            source=request.source,
-            parent=base.parent,
-            source_next=base.source_next,
-            inherited_content=base.content,
-            kubernetes=request.kubernetes,
-        ),
-        # An intent has to be seen before what it names, not to outlive a power cut: what is found without one then
-        # is removed by the collector.
-        sync=False,
+    return VolumeRecord(
+        id=volume_id,
+        uid=records.new_uid(),
+        name=request.name,
+        state=VolumeState.CREATING,
+        size_bytes=size_bytes,
+        head=records.new_layer_id(),
+        image_format=request.image_format,
+        preallocation=request.preallocation,
+        data_path=request.data_path,
+        access_type=request.access_type,
+        filesystem=filesystem,
+        mkfs_options=request.mkfs_options,
+        created_at=records.now(),
+        source=request.source,
+        parent=base.parent,
+        source_next=base.source_next,
+        inherited_content=base.content,
+        kubernetes=request.kubernetes,
     )
 
 
@@ -236,24 +256,45 @@ def _find_base(store: Store, source: Source | None) -> _Base:
     return _Base(volume.head, records.new_layer_id(), volume.size_bytes, content)
 
 
-def _finish(store: Store, volume: VolumeRecord) -> VolumeRecord:
-    """Do what the intent says, as far as it is not done, and make the volume ready."""
-    marker = volume_marker(volume)
-    if volume.parent is None:
+def _create_blank(store: Store, planned: VolumeRecord) -> VolumeRecord:
+    """Make a volume that lies on nothing: announcement, layer, record. It touches nothing of others', so that what a
+    crash leaves of it needs no intent to be undone.
+    """
+    volume = replace(planned, state=VolumeState.READY, unfinished=False)
+    begun = store.begin_volume(volume)
+    try:
         layers.make_base(
             store,
             volume.head,
-            marker,
+            volume_marker(volume),
             image_format=volume.image_format,
             size_bytes=volume.size_bytes,
             preallocation=volume.preallocation,
+            also=[begun.path],
         )
-    else:
-        store.mark(volume.parent, child_marker(volume.head))
-        parent = store.layer(_frozen_parent(store, volume, volume.parent))
-        layers.make_overlay(store, volume.head, marker, parent=parent, size_bytes=volume.size_bytes)
+        return store.publish_begun(begun)
+    except (*_FINAL, Busy):
+        layers.undo_announced(store, volume.id, volume.head)
+        raise
+
+
+def _finish(store: Store, volume: VolumeRecord) -> VolumeRecord:
+    """Do what the intent of a volume with a source says, as far as it is not done, and make the volume ready."""
+    if volume.parent is None:
+        raise Corrupt(f"volume {volume.id} is unfinished and its record does not say what it lies on")
+    store.mark(volume.parent, child_marker(volume.head))
+    parent = store.layer(_frozen_parent(store, volume, volume.parent))
     done = replace(volume, state=VolumeState.READY, unfinished=False, parent=None, source_next=None)
-    return store.swap(volume, done)
+    with store.prepared(volume, done) as ready:
+        layers.make_overlay(
+            store,
+            volume.head,
+            volume_marker(volume),
+            parent=parent,
+            size_bytes=volume.size_bytes,
+            also=[ready.temporary],
+        )
+        return store.commit(ready)
 
 
 def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:

@@ -8,13 +8,17 @@ crash tests number them; it never changes what a step does.
 import errno
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from csi_quobyte.errors import Busy, DriverError, Exhausted, OutOfRange, Refused, Unavailable
 
 Observer = Callable[[str, str], None]
+
+# the files of one new layer and the record that will name it
+_SYNCERS = 4
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM}
@@ -63,6 +67,7 @@ class Steps:
         self._token = token
         self._ownership = ownership
         self._observer = observer
+        self._syncers = ThreadPoolExecutor(_SYNCERS, thread_name_prefix="sync")
 
     def _note(self, step: str, path: str) -> None:
         if self._observer:
@@ -78,8 +83,12 @@ class Steps:
 
     # --- unfinished files --------------------------------------------------------------------------------------
 
-    def write_temporary(self, write: Callable[[int], None], *, reserve: Callable[[], str | None] | None = None) -> str:
+    def write_temporary(
+        self, write: Callable[[int], None], *, reserve: Callable[[], str | None] | None = None, sync: bool = True
+    ) -> str:
         """Make a complete, durable file under a temporary name and give its path. `write` fills the descriptor.
+
+        `sync=False` leaves making it durable to `sync_all`, which must come before the file gets its name.
 
         `reserve` finds a preallocated file to be used up when the pool has no space left, so that what frees space
         (deleting is a record write) still works on a full pool.
@@ -92,7 +101,7 @@ class Steps:
         self._note("write", path)
         with translated(path):
             try:
-                self._fill(path, write, os.O_CREAT | os.O_EXCL)
+                self._fill(path, write, os.O_CREAT | os.O_EXCL, sync=sync)
             except FileNotFoundError as error:
                 raise Unavailable(f"{self._temporary} is gone: is the pool still mounted?") from error
             except OSError as error:
@@ -102,18 +111,34 @@ class Steps:
                 if spare is None:
                     raise
                 os.rename(spare, path)
-                self._fill(path, write, 0)
+                self._fill(path, write, 0, sync=sync)
         return path
 
-    def _fill(self, path: str, write: Callable[[int], None], flags: int) -> None:
+    def _fill(self, path: str, write: Callable[[int], None], flags: int, *, sync: bool) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, self._ownership.file_mode)
         try:
             if flags:
                 self._own(fd, self._ownership.file_mode)
             write(fd)
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
         finally:
             os.close(fd)
+
+    def begin(self, path: str, data: bytes) -> None:
+        """Make a file under a name that says what is under way; its contents become durable with `sync_all`.
+
+        Raises:
+            Exhausted: no space; nothing is left.
+        """
+        self._note("begin", path)
+        with translated(path):
+            try:
+                self._fill(path, lambda fd: write_all(fd, data), os.O_CREAT | os.O_EXCL, sync=False)
+            except OSError:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                raise
 
     def discard(self, path: str) -> None:
         """Remove a file that means nothing any more (a temporary, a lost claim); not made durable."""
@@ -196,8 +221,10 @@ class Steps:
             self.sync(os.path.dirname(path))
             return True
 
-    def touch(self, path: str) -> None:
+    def touch(self, path: str, *, sync: bool = True) -> None:
         """Make an empty file that marks something; nothing happens when it is there.
+
+        `sync=False` leaves it to `sync_all` of its directory to make it durable.
 
         Raises:
             FileNotFoundError: its directory is gone.
@@ -212,7 +239,21 @@ class Steps:
                 self._own(fd, self._ownership.file_mode)
             finally:
                 os.close(fd)
-            self.sync(os.path.dirname(path))
+            if sync:
+                self.sync(os.path.dirname(path))
+
+    def sync_all(self, paths: Sequence[str]) -> None:
+        """Make several files and directories durable, at once: for the disk that is hardly more work than one.
+
+        Raises:
+            Exhausted, Unavailable: one of them is not; the others may be.
+        """
+        self._note("sync", " ".join(paths))
+        done = list(self._syncers.map(_sync_one, paths))
+        for path, error in zip(paths, done, strict=True):
+            if error:
+                with translated(path):
+                    raise error
 
     def sync(self, directory: str) -> None:
         """Make the names in a directory durable."""
@@ -222,6 +263,19 @@ class Steps:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+
+def _sync_one(path: str) -> OSError | None:
+    """Make one file or directory durable, and give the error if that fails."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error
+    return None
 
 
 def write_all(fd: int, data: bytes, offset_bytes: int = 0) -> None:

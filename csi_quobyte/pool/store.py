@@ -15,10 +15,10 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from csi_quobyte.errors import Busy, Corrupt, NotFound, Refused, Unavailable
 from csi_quobyte.pool import records
@@ -165,6 +165,23 @@ def _own_root(root: str, made: PoolFormat) -> None:
 
 def _ownership(pool: PoolFormat) -> Ownership:
     return Ownership(pool.owner.uid, pool.owner.gid, int(pool.modes.file, 8), int(pool.modes.directory, 8))
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[R]):
+    """A change of a record that is written down under a temporary name and has not been made yet."""
+
+    old: R
+    following: R
+    temporary: str
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A volume that is announced and not published yet."""
+
+    volume: VolumeRecord
+    path: str
 
 
 class Store:
@@ -373,6 +390,43 @@ class Store:
             self._steps.discard(temporary)
         return first
 
+    def begin_volume(self, volume: VolumeRecord) -> "Begun":
+        """Announce a new volume, before anything of it exists: `<id>.new-<head>` holds the record that is to come.
+
+        The announcement keeps the collector off the layer that is being made. It says nothing to anybody else.
+
+        Raises:
+            Exhausted: no space; nothing is left.
+        """
+        first = records.next_version(volume)
+        path = self._announcement(volume.id, volume.head)
+        self._steps.begin(path, records.encode(first))
+        return Begun(first, path)
+
+    def publish_begun(self, begun: "Begun") -> VolumeRecord:
+        """Make an announced volume's record its record, durably: `make_layer` has made the announcement durable.
+
+        Raises:
+            Busy: somebody else made a volume of this id, or took the announcement away: nothing was published.
+        """
+        path = self._path_of(begun.volume)
+        try:
+            self._steps.link(begun.path, path, sync=False)
+        except (FileExistsError, FileNotFoundError) as error:
+            raise Busy(f"{begun.volume.id} was made, or this attempt was given up, by another operation") from error
+        self._steps.unlink(begun.path)
+        return begun.volume
+
+    def revoke(self, volume_id: str, head: str) -> None:
+        """Take an announcement away, durably; gone already is success.
+
+        From then on whoever was making that volume cannot publish it any more; what was published before can be seen.
+        """
+        self._steps.unlink(self._announcement(volume_id, head))
+
+    def _announcement(self, volume_id: str, head: str) -> str:
+        return self._record_path("volumes", volume_id).removesuffix(".json") + f".new-{head}"
+
     def swap(self, old: R, new: R) -> R:
         """Replace the record `old`, as it was read, by `new`: compare-and-set, durable on return.
 
@@ -382,20 +436,42 @@ class Store:
         Raises:
             Busy: the record is no longer what was read, or another writer is in the middle of it.
         """
-        path = self._path_of(old)
+        return self._commit(self._prepare(old, new, sync=True))
+
+    @contextmanager
+    def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
+        """Write the successor of `old` down already, so that it becomes durable together with what it will name.
+
+        Inside the block, `make_layer` makes it durable and `commit` takes it over; without that it is forgotten.
+        """
+        prepared = self._prepare(old, new, sync=False)
+        try:
+            yield prepared
+        finally:
+            self._steps.discard(prepared.temporary)
+
+    def commit(self, prepared: "Prepared[R]") -> R:
+        """Do the swap of a record that was prepared and that `make_layer` has made durable; see `swap`."""
+        return self._commit(prepared)
+
+    def _prepare(self, old: R, new: R, *, sync: bool) -> "Prepared[R]":
         following = records.next_version(new, of=old)
         temporary = self._steps.write_temporary(
-            lambda fd: write_whole(fd, records.encode(following)), reserve=self._reserve_file
+            lambda fd: write_whole(fd, records.encode(following)), reserve=self._reserve_file, sync=sync
         )
+        return Prepared(old, following, temporary)
+
+    def _commit(self, prepared: "Prepared[R]") -> R:
+        path = self._path_of(prepared.old)
         try:
-            claim = self._claim(temporary, path, old)
+            claim = self._claim(prepared.temporary, path, prepared.old)
         finally:
-            self._steps.discard(temporary)
+            self._steps.discard(prepared.temporary)
         try:
             self._steps.rename(claim, path)
         except FileNotFoundError as error:
-            raise Busy(f"{old.id}: this change was overtaken") from error
-        return following
+            raise Busy(f"{prepared.old.id}: this change was overtaken") from error
+        return prepared.following
 
     def remove(self, record: records.Record) -> None:
         """Remove a record, as it was read; gone already is success. Durable on return.
@@ -485,25 +561,48 @@ class Store:
 
     # --- images ------------------------------------------------------------------------------------------------
 
-    def publish_image(self, layer_id: str, file: str, write: Callable[[int], None]) -> None:
-        """Make a layer's image under a temporary name and publish it under `file`; an existing one is kept.
+    def make_layer(
+        self,
+        record: LayerRecord,
+        marker: str,
+        write: Callable[[int], None],
+        *,
+        also: Sequence[str] = (),
+    ) -> LayerRecord:
+        """Make a layer, referred to by `marker`: refs, image (filled by `write`), record; durable on return.
 
-        An existing file of this (random) id is an earlier attempt's of the same intent, and complete. The name
-        becomes durable with the layer's record, which is published in the same directory.
+        What an earlier attempt of the same intent has made is kept: each part is published whole, under a random id.
+        They are looked for one by one, because after a power cut some of the names may be there and others not. The
+        names come in this order: a record without refs would mean a condemned layer. The files `also` are made durable
+        with them.
 
         Raises:
-            Exhausted: no space; nothing is left.
+            Exhausted: no space; no name was made but that of the refs directory.
         """
-        path = self._layer_file(layer_id, file)
-        with translated(path):
-            if os.path.lexists(path):
-                return
-        temporary = self._steps.write_temporary(write)
+        path = self._layer_file(record.id, record.file)
+        refs = self._refs(record.id)
+        self._steps.make_directory(refs, sync=False)
+        self._steps.touch(f"{refs}/{marker}", sync=False)
+        found = self.find_layer(record.id)
+        made = found or records.next_version(record)
+        unnamed: dict[str, str] = {}
         try:
-            with suppress(FileExistsError):
-                self._steps.link(temporary, path, sync=False)
+            if self.image_bytes(record) is None:
+                unnamed[path] = self._steps.write_temporary(write, sync=False)
+            if found is None:
+                content = records.encode(made)
+                unnamed[self._path_of(made)] = self._steps.write_temporary(
+                    lambda fd: write_whole(fd, content), sync=False
+                )
+            self._steps.sync_all([refs, *unnamed.values(), *also])
+            for name, temporary in unnamed.items():
+                with suppress(FileExistsError):
+                    self._steps.link(temporary, name, sync=False)
+            self._steps.sync(os.path.dirname(path))
         finally:
-            self._steps.discard(temporary)
+            for temporary in unnamed.values():
+                self._steps.discard(temporary)
+        return made
 
     def remove_image(self, layer_id: str, file: str) -> None:
         """Remove a layer's image durably; gone already is success. Only after `condemn`, or for an undone intent."""
@@ -559,10 +658,6 @@ class Store:
         return found.st_size, found.st_blocks * 512
 
     # --- references --------------------------------------------------------------------------------------------
-
-    def make_refs(self, layer_id: str) -> None:
-        """Make a new layer's refs directory; it becomes durable with the layer's record. Before anything else of it."""
-        self._steps.make_directory(self._refs(layer_id), sync=False)
 
     def mark(self, layer_id: str, marker: str) -> None:
         """Refer to a layer, durably; done before is success.
@@ -641,13 +736,12 @@ class Store:
             temporary = self._steps.write_temporary(lambda fd: write_all(fd, bytes(_RESERVE_BYTES)))
             self._steps.rename(temporary, f"{self.root}/reserve/{uuid.uuid4().hex}")
 
-    def stray_files(self) -> list[tuple[str, str, str]]:
-        """Give (folder, shard, name) of every entry in the shards that is not a record's own file."""
+    def stray_files(self, folder: str) -> list[tuple[str, str, str]]:
+        """Give (folder, shard, name) of every entry in the shards of `folder` that is not a record's own file."""
         found = []
-        for folder in _SHARDED:
-            for shard in (f"{number:02x}" for number in range(256)):
-                names = _names(f"{self.root}/{folder}/{shard}")
-                found += [(folder, shard, name) for name in names if not _is_record(name)]
+        for shard in (f"{number:02x}" for number in range(256)):
+            names = _names(f"{self.root}/{folder}/{shard}")
+            found += [(folder, shard, name) for name in names if not _is_record(name)]
         return found
 
     def stale_temporaries(self) -> list[str]:

@@ -212,14 +212,16 @@ class Kit:
 
         return check_module.check(self.store, check_image).findings
 
+    def _check_outside(self) -> list[check_module.Finding]:
+        return check_module.check(self.store, lambda *_: (0, 0)).findings
+
     def findings(self) -> set[str]:
         """The kinds of what `check` finds, without looking into the images."""
-        return {finding.kind for finding in check_module.check(self.store, lambda path, image_format: (0, 0)).findings}
+        return {finding.kind for finding in self._check_outside()}
 
     def errors(self) -> list[check_module.Finding]:
         """The findings that are damage, without looking into the images."""
-        found = check_module.check(self.store, lambda path, image_format: (0, 0)).findings
-        return [finding for finding in found if finding.severity == "error"]
+        return [finding for finding in self._check_outside() if finding.severity == "error"]
 
     def sweep_until_quiet(self, timeout_s: float = 10.0) -> None:
         """Collect until a pass does nothing and nothing is left that a pass may still have to wait for."""

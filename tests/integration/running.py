@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +27,14 @@ from lab.machine import QEMU_DIR, Machine, run, wait_for
 MIB = 1 << 20
 GIB = 1 << 30
 TIB = 1 << 40
+
+Parameters = dict[str, Any]
+PATHS: dict[str, Parameters] = {
+    "qcow2": {},
+    "raw": {"volumeFormat": "raw"},
+    "loop": {"volumeFormat": "raw", "dataPath": "loop"},
+}
+"""The parameters that lead to each data path: a storage daemon with either format, and a loop device on the file."""
 
 Code = grpc.StatusCode
 Attempt = Callable[..., Any]
@@ -167,8 +175,6 @@ def read_tree(directory: Path) -> dict[str, str]:
 
 def free_port() -> int:
     """Give a port of the loopback address that nothing listens on."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -199,10 +205,3 @@ def stage_request(
         "volume_capability": mount_capability(),
     }
     return csi.NodeStageVolumeRequest(**fields | changed)
-
-
-def start_command(*argv: str | Path) -> "subprocess.Popen[str]":
-    """Start a command of the test's own; the caller ends it."""
-    return subprocess.Popen(
-        [str(part) for part in argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )

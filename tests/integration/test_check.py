@@ -41,7 +41,7 @@ def make_circle(kit: Kit) -> None:
 
 
 def grow_record(kit: Kit) -> None:
-    head, base = kit.chain("v")
+    head = kit.chain("v")[0]
     kit.store.swap(head, replace(head, size_bytes=head.size_bytes * 2))
 
 
@@ -68,6 +68,11 @@ def leave_unfinished(kit: Kit) -> None:
     kit.store.swap(volume, replace(volume, state=VolumeState.DELETING))
 
 
+def leave_orphan(kit: Kit) -> None:
+    kit.create("w")
+    kit.delete("w")
+
+
 def leave_claim(kit: Kit) -> None:
     volume_id = kit.volume_id("v")
     path = Path(kit.store.root, "volumes", volume_id.rpartition("-")[2][:2], f"{volume_id}.json")
@@ -86,7 +91,7 @@ MADE: dict[str, Callable[[Kit], object]] = {
     "leaked-clusters": leak,
     "unfinished": leave_unfinished,
     "stale-marker": lambda kit: kit.store.mark(kit.chain("v")[0].id, records.child_marker(records.new_layer_id())),
-    "orphan-layer": lambda kit: (kit.create("w"), kit.delete("w")),
+    "orphan-layer": leave_orphan,
     "orphan-file": lambda kit: Path(kit.store.root, "layers", "ab", "ab" + "0" * 22 + ".raw").touch(),
     "stale-claim": leave_claim,
     "stale-temporary": lambda kit: Path(kit.store.root, "tmp", "0123456789abcdef.1").touch(),
@@ -122,7 +127,7 @@ def test_head_of_an_attached_volume_is_not_opened(kit: Kit) -> None:
     kit.create("v")
     kit.attach("v")
     raw_write(image(kit, "v"), 0, b"XXXX")
-    result = check_module.check(kit.store, lambda path, image_format: (1, 0))
+    result = check_module.check(kit.store, lambda *_: (1, 0))
     assert (result.volumes, result.layers, result.skipped_live) == (1, 1, 1)
     assert result.findings == []
 

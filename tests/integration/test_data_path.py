@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import MIB, Code, discard, fails, running
+from running import MIB, PATHS, Code, discard, fails, running
 
 from csi_quobyte.pb import csi_pb2 as csi
 from lab.client import Client, block_capability, mount_capability
@@ -21,11 +21,6 @@ pytestmark = pytest.mark.root
 
 VOLUME_BYTES = 64 * MIB
 DATA_BYTES = 16 * MIB
-PATHS = {
-    "qcow2": {},
-    "raw": {"volumeFormat": "raw"},
-    "loop": {"volumeFormat": "raw", "dataPath": "loop"},
-}
 CAPABILITIES = {"mount": mount_capability(), "block": block_capability()}
 
 

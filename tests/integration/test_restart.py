@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from running import MIB, discard, eventually, listing, read_tree, release, running, write_tree
+from running import MIB, PATHS, discard, eventually, listing, read_tree, release, running, write_tree
 
 from csi_quobyte.pb import csi_pb2 as csi
 from lab.client import Client, block_capability, mount_capability
@@ -112,11 +113,9 @@ def killed_in(call: Callable[[], Any], delay_s: float, kill: Callable[[], None],
 # --- the node --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parameters", [{}, {"volumeFormat": "raw", "dataPath": "loop"}], ids=["daemon", "loop"])
-def test_a_pod_does_not_notice_that_the_node_process_was_killed(
-    machine: Machine, calls: Client, parameters: dict[str, str]
-) -> None:
-    volume = calls.create("pod", VOLUME_BYTES, **parameters).volume_id
+@pytest.mark.parametrize("path", ["qcow2", "loop"])
+def test_a_pod_does_not_notice_that_the_node_process_was_killed(machine: Machine, calls: Client, path: str) -> None:
+    volume = calls.create("pod", VOLUME_BYTES, **PATHS[path]).volume_id
     target = calls.use(volume)
     daemons = machine.daemons()
     writer = Writer(target / "counter")
@@ -157,13 +156,13 @@ def test_the_node_is_killed_in_the_middle_of_stage_and_unstage(machine: Machine,
             staging_target_path=str(path),
             volume_capability=mount_capability(),
         )
-        kill, start = (lambda: kill_node(machine)), machine.start_node
-        killed_in(lambda r=request: calls.node.NodeStageVolume(r, timeout=30), delay_s, kill, start)
+        kill, start = partial(kill_node, machine), machine.start_node
+        killed_in(partial(calls.node.NodeStageVolume, request, timeout=30), delay_s, kill, start)
         target = calls.publish(volume, context)
         assert volume != old or read_tree(target) == sums
         (target / "touched").touch()
         calls.unpublish(volume)
-        killed_in(lambda v=volume: calls.unstage(v), delay_s, kill, start)
+        killed_in(partial(calls.unstage, volume), delay_s, kill, start)
         assert machine.leftovers() == []
         calls.detach(volume)
         calls.delete(young)
@@ -229,7 +228,13 @@ def test_a_device_without_its_daemon_is_cleared_at_the_start(machine: Machine, c
 
 
 def test_a_second_node_process_on_one_state_directory_ends_with_2(machine: Machine) -> None:
-    arguments = ["--endpoint", f"unix://{machine.base}/other.sock", *machine.pool_arguments, "--qemu-dir", QEMU_DIR]
+    arguments: list[str | Path] = [
+        "--endpoint",
+        f"unix://{machine.base}/other.sock",
+        *machine.pool_arguments,
+        "--qemu-dir",
+        QEMU_DIR,
+    ]
     done = machine.cli("node", *arguments, "--node-id", "x", "--state-dir", machine.base / "state", check=False)
     assert done.returncode == 2
     assert "another node process" in done.stderr
@@ -246,7 +251,7 @@ def test_the_controller_is_killed_at_every_call_of_a_story(machine: Machine, cal
     def through(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         assert machine.controller_process is not None
         kill = machine.controller_process.kill
-        return killed_in(lambda: call(*arguments, **named), delay_s, kill, machine.start_controller)
+        return killed_in(partial(call, *arguments, **named), delay_s, kill, machine.start_controller)
 
     volume = through(calls.create, "story", VOLUME_BYTES).volume_id
     context = through(calls.attach, volume)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from running import (
     MIB,
     TIB,
     Code,
+    Parameters,
     discard,
     fails,
     findings_left,
@@ -169,7 +171,8 @@ def test_parameters_that_are_unknown_or_reserved_are_refused_and_the_known_ones_
     fails(Code.INVALID_ARGUMENT, calls.create, "bad", pool="main", evictOnFailure="true", saying="evictOnFailure")
     fails(Code.INVALID_ARGUMENT, calls.snapshot, "bad", ELSEWHERE, fsfreeze="true", saying="fsfreeze")
     fails(Code.INVALID_ARGUMENT, calls.snapshot, "bad", ELSEWHERE, other="x", saying="other")
-    accepted = calls.create("sidecar", pool="main", **{"csi.storage.k8s.io/pvc/name": "data"})
+    added: Parameters = {"csi.storage.k8s.io/pvc/name": "data"}
+    accepted = calls.create("sidecar", pool="main", **added)
     calls.delete(accepted.volume_id)
 
 
@@ -190,7 +193,7 @@ def test_parameters_that_are_unknown_or_reserved_are_refused_and_the_known_ones_
         ({"mkfsOptions": "-L 'unbalanced"}, "mkfsOptions"),
     ],
 )
-def test_parameters_that_contradict_each_other(calls: Client, parameters: dict[str, str], saying: str) -> None:
+def test_parameters_that_contradict_each_other(calls: Client, parameters: Parameters, saying: str) -> None:
     fails(Code.INVALID_ARGUMENT, calls.create, "bad", **{"pool": "main", **parameters}, saying=saying)
 
 
@@ -324,7 +327,7 @@ def test_sixteen_callers_at_once_on_one_name(machine: Machine, calls: Client) ->
 def test_an_id_of_an_unknown_pool_is_unavailable_for_every_call(calls: Client) -> None:
     stub = calls.controller
     context = {"generation": "1"}
-    attempts = [
+    attempts: list[tuple[Any, ...]] = [
         (calls.delete, ELSEWHERE),
         (calls.delete_snapshot, ELSEWHERE_SNAPSHOT),
         (calls.attach, ELSEWHERE),
@@ -417,7 +420,9 @@ def test_expanding(calls: Client) -> None:
 
 
 def volumes_of(calls: Client, token: str = "", at_most: int = 0) -> csi.ListVolumesResponse:
-    return calls.controller.ListVolumes(csi.ListVolumesRequest(starting_token=token, max_entries=at_most))
+    request = csi.ListVolumesRequest(starting_token=token, max_entries=at_most)
+    found: csi.ListVolumesResponse = calls.controller.ListVolumes(request)
+    return found
 
 
 def test_volumes_are_listed_in_pages_over_both_pools(calls: Client) -> None:
@@ -450,8 +455,9 @@ def test_volumes_are_listed_in_pages_over_both_pools(calls: Client) -> None:
         calls.delete(volume)
 
 
-def snapshots_of(calls: Client, **fields: str | int) -> csi.ListSnapshotsResponse:
-    return calls.controller.ListSnapshots(csi.ListSnapshotsRequest(**fields))
+def snapshots_of(calls: Client, **fields: Any) -> csi.ListSnapshotsResponse:
+    found: csi.ListSnapshotsResponse = calls.controller.ListSnapshots(csi.ListSnapshotsRequest(**fields))
+    return found
 
 
 def test_snapshots_are_listed_by_id_by_volume_and_in_pages(calls: Client) -> None:
@@ -489,7 +495,8 @@ def test_snapshots_are_listed_by_id_by_volume_and_in_pages(calls: Client) -> Non
 
 
 def capacity_of(calls: Client, **parameters: str) -> csi.GetCapacityResponse:
-    return calls.controller.GetCapacity(csi.GetCapacityRequest(parameters=parameters))
+    found: csi.GetCapacityResponse = calls.controller.GetCapacity(csi.GetCapacityRequest(parameters=parameters))
+    return found
 
 
 def test_capacity(calls: Client) -> None:
@@ -548,7 +555,8 @@ def test_validate_volume_capabilities(calls: Client) -> None:
 
     def validate(*capabilities: csi.VolumeCapability) -> csi.ValidateVolumeCapabilitiesResponse:
         request = csi.ValidateVolumeCapabilitiesRequest(volume_id=volume, volume_capabilities=capabilities)
-        return calls.controller.ValidateVolumeCapabilities(request)
+        answer: csi.ValidateVolumeCapabilitiesResponse = calls.controller.ValidateVolumeCapabilities(request)
+        return answer
 
     assert validate(mount_capability("ext4")).HasField("confirmed")
     for wrong in (block_capability(), mount_capability("xfs"), mount_capability(mode="MULTI_NODE_MULTI_WRITER")):

@@ -7,13 +7,15 @@ read-only, and images that somebody else has changed. Data under load is in test
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import (
     GIB,
     MIB,
+    PATHS,
     Code,
     discard,
     eventually,
@@ -36,11 +38,6 @@ pytestmark = pytest.mark.root
 
 EXT4_BYTES = 64 * MIB
 XFS_BYTES = 300 * MIB
-PATHS = {
-    "qcow2": {},
-    "raw": {"volumeFormat": "raw"},
-    "loop": {"volumeFormat": "raw", "dataPath": "loop"},
-}
 every_path = pytest.mark.parametrize("path", PATHS)
 CAP_SYS_RESOURCE = 24  # linux/capability.h
 
@@ -200,7 +197,7 @@ def test_arguments(calls: Client) -> None:
     context = calls.attach(volume)
     invalid = Code.INVALID_ARGUMENT
     stage = calls.node.NodeStageVolume
-    wrong = [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"volume_id": ""}, "volume id"),
         ({"staging_target_path": ""}, "staging target path"),
         ({"staging_target_path": "relative/path"}, "absolute"),
@@ -252,8 +249,9 @@ def test_a_staging_path_that_is_something_else(machine: Machine, calls: Client) 
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = calls.node.NodeStageVolume
     request = stage_request(calls, volume, context)
-    for make in (path.touch, lambda: path.symlink_to("/tmp"), lambda: os.mkfifo(path)):
-        make()
+    makers: list[Callable[[Path], None]] = [Path.touch, lambda at: at.symlink_to("/tmp"), os.mkfifo]
+    for make in makers:
+        make(path)
         fails(Code.FAILED_PRECONDITION, stage, request, saying="staging path")
         assert machine.leftovers() == []
         path.unlink()

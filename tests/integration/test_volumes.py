@@ -1,4 +1,4 @@
-"""Volumes: create, clone, delete, attach, detach, expand. Each with the same call twice, a conflicting one, many at once.
+"""Volumes: create, clone, delete, attach, detach, expand: the plain case, the same again, a conflict, many at once.
 
 Contents are compared through the recorded chains with the real qemu-io.
 """
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from controller_kit import SIZE_BYTES, Kit, tree
@@ -356,7 +357,7 @@ def test_attach_to_a_second_node_is_refused_by_name(kit: Kit) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"readonly": True}, {"access_mode": "SINGLE_NODE_SINGLE_WRITER"}])
-def test_attach_to_the_same_node_in_another_way_already_exists(kit: Kit, changes: dict[str, object]) -> None:
+def test_attach_to_the_same_node_in_another_way_already_exists(kit: Kit, changes: dict[str, Any]) -> None:
     kit.create("v")
     kit.attach("v")
     with pytest.raises(AlreadyExists):
@@ -376,7 +377,7 @@ def test_attach_in_a_way_that_cannot_work_changes_nothing(
 ) -> None:
     volume = kit.create("v")
     with pytest.raises(kind):
-        kit.attach("v", **changes)  # type: ignore[arg-type]
+        kit.attach("v", **changes)
     assert kit.store.volume(volume.id) == volume
 
 

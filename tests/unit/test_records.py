@@ -93,7 +93,7 @@ def test_unknown_fields_are_ignored(value: object) -> None:
 def test_every_torn_form_is_corrupt_and_names_the_file(value: object) -> None:
     whole = records.encode(value).rstrip()
     for length in range(len(whole)):
-        with pytest.raises(Corrupt, match="pool/some.json"):
+        with pytest.raises(Corrupt, match=r"pool/some\.json"):
             records.decode(type(value), whole[:length], where="pool/some.json")
 
 
