@@ -187,7 +187,7 @@ def interrupted(kit: Kit, work: Callable[[Kit], object], *, before: Callable[[st
 
 def before_new_head(step: str, path: str) -> bool:
     """The step that makes the new overlay the head: everything of the freeze but its commit is there."""
-    return step == "link" and "/volumes/" in path and path.endswith(".g3")
+    return step == "link" and "/volumes/" in path and path.endswith(".g2")
 
 
 def before_frozen(step: str, path: str) -> bool:
