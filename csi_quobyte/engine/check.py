@@ -46,7 +46,6 @@ Kind = Literal[
 ]
 _WARNINGS: frozenset[Kind] = frozenset(
     {
-        "wrong-backing-name",
         "leaked-clusters",
         "unfinished",
         "stale-marker",
@@ -99,8 +98,7 @@ def check(store: Store, check_image: CheckImage) -> Result:
     """Look at everything in a pool. Heads of attached volumes are not opened and counted as `skipped_live`."""
     found = index_module.read(store)
     result = Result(len(found.volumes), len(found.snapshots), len(found.layers))
-    result.findings += _records(found)
-    for part in (_references, _markers, _leftovers):
+    for part in (_records, _references, _markers, _leftovers):
         result.findings += part(store, found)
     live = {
         layer_id
@@ -120,7 +118,7 @@ def check(store: Store, check_image: CheckImage) -> Result:
     return result
 
 
-def _records(found: Index) -> Iterator[Finding]:
+def _records(store: Store, found: Index) -> Iterator[Finding]:
     """Records that cannot be read, operations that did not end, chains that do not hold together."""
     for record_id, detail in found.unreadable.items():
         yield Finding("unreadable-record", record_id, detail.partition(" ")[0], detail)
@@ -129,6 +127,10 @@ def _records(found: Index) -> Iterator[Finding]:
     for record_id, state in unfinished:
         yield Finding("unfinished", record_id, "", f"state {state}: retry the call, or delete the object")
     for volume in found.volumes.values():
+        try:
+            store.content(volume)
+        except Corrupt as error:
+            yield Finding("unreadable-record", volume.id, str(error).partition(" ")[0], str(error))
         if volume.state is VolumeState.READY and volume.head in found.layers:
             try:
                 chain_of(volume.head, found.layers.get)

@@ -21,7 +21,8 @@ Writer = Callable[[int], None]
 def blank(image_format: ImageFormat, *, size_bytes: int, preallocation: Preallocation) -> Writer:
     """Give a writer of an image that reads as zeros.
 
-    With preallocation falloc all of its space is taken at once (row S11), by fallocate(2), not by writing zeros.
+    With preallocation falloc all of its space is taken at once (row S11) by fallocate(2); where a mount lacks that, the
+    C library touches every block instead, which is as good and takes long.
     """
     if image_format == "raw":
         return lambda fd: _set_length(fd, size_bytes, allocate=preallocation == "falloc")
