@@ -99,6 +99,7 @@ MADE: dict[str, Callable[[Kit], object]] = {
 }
 ERRORS = {"unreadable-record", "missing-layer", "missing-image", "missing-marker"} | {
     "broken-chain",
+    "wrong-backing-name",
     "wrong-size",
     "damaged-image",
 }
