@@ -478,7 +478,7 @@ def test_stopped_daemon_is_unavailable_in_time_and_works_afterwards(
         assert daemon_set.daemons.find(daemon_set.key) is not None
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
-    assert daemon.is_healthy()
+    wait_until(daemon.is_healthy, "the daemon answers again")
     write(path, b"x", 0, sync=True)
     assert daemon.stop(timeout_s=10) is StopResult.CLEAN
 
