@@ -19,10 +19,11 @@ from csi_quobyte import telemetry
 from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine import layers, removal
 from csi_quobyte.engine.index import Index, Stray
-from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted, NotFound
+from csi_quobyte.errors import Busy, DriverError, Exhausted
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import (
     LayerState,
+    Marker,
     SnapshotState,
     VolumeState,
     is_layer_id,
@@ -150,8 +151,8 @@ def sweep(store: Store) -> Report:
 
 @contextmanager
 def _if_free(store: Store, report: Report, *names: str) -> Iterator[bool]:
-    """Hold some locks, or give False when one of them is taken. What is taken, busy or damaged must not stop the work
-    on the rest: it is looked at again in the next pass.
+    """Hold some locks, or give False when one of them is taken. What fails for one object must not stop the work on the
+    rest: it is looked at again in the next pass.
     """
     with ExitStack() as stack:
         try:
@@ -162,7 +163,7 @@ def _if_free(store: Store, report: Report, *names: str) -> Iterator[bool]:
             return
         try:
             yield True
-        except (Busy, Corrupt, NotFound) as error:
+        except DriverError as error:
             report.left += isinstance(error, Busy)  # the others are for a human, another pass would not help
             log.warning("left for the next pass: %s", error)
 
@@ -213,7 +214,12 @@ def _undo_announced(store: Store, found: Index, report: Report) -> None:
 
 
 def _remove_stale_markers(store: Store, found: Index, report: Report) -> None:
-    """Take away markers that no record justifies. Their records were read after them, so none is about to come."""
+    """Take away markers that no record justifies.
+
+    The records were read after the markers, so none is about to come for the first time. But they were not all read at
+    one moment: what had still been an intent when the volume was read may have become its head since. So the owner
+    is read once more, under its lock, before anything is removed.
+    """
     for layer_id, names in found.refs.items():
         for name in names:
             marker = parse_marker(name)
@@ -221,25 +227,41 @@ def _remove_stale_markers(store: Store, found: Index, report: Report) -> None:
                 continue
             locks = [marker.id] if marker.kind in {"v", "s"} else []
             with _if_free(store, report, *locks) as free:
-                if free:
+                if free and not _is_needed_now(store, layer_id, marker):
                     log.warning("marker %s on layer %s belongs to nothing and is removed", name, layer_id)
                     store.unmark(layer_id, name)
                     report.markers += 1
 
 
+def _is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
+    """Say whether the record that a marker names justifies it at this moment."""
+    match marker.kind:
+        case "c":
+            child = store.find_layer(marker.id)
+            return child is not None and child.parent == layer_id
+        case "s":
+            snapshot = store.find_snapshot(marker.id)
+            return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id
+        case "v":
+            volume = store.find_volume(marker.id)
+            return volume is not None and volume.uid == marker.uid and volume.head == layer_id
+
+
 def _drop_unreferenced(store: Store, found: Index, report: Report) -> None:
-    """Drop the layers without markers, and go on with a drop that a crash has interrupted."""
-    named = found.named_layers
-    for layer in found.layers.values():
-        markers = store.markers(layer.id)
-        if markers:
+    """Drop the layers without markers, and go on with a drop that a crash has interrupted.
+
+    Besides the markers, no record may name them; for that everything is read anew, after the markers were seen empty.
+    A marker that was lost is damage, which check reports.
+    """
+    candidates = [layer for layer in found.layers.values() if not store.markers(layer.id)]
+    if not candidates:
+        return
+    now = index_module.read(store)
+    for layer in candidates:
+        if layer.state is not LayerState.RETIRED and (layer.id in now.named_layers or layer.id in now.held_layers):
             continue
-        if layer.id in named and layer.state is not LayerState.RETIRED:
-            continue  # a record needs it: a marker was lost, which check reports, or its owner has just been removed
         with _if_free(store, report):
-            dropped = layers.drop_upwards(store, layer.id)
-            report.layers += dropped
-            report.left += not dropped and store.find_layer(layer.id) is not None
+            report.layers += layers.drop_upwards(store, layer.id, keep=now.held_layers)
 
 
 def _remove_damaged_layers(store: Store, found: Index, report: Report) -> None:

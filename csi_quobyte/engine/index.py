@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from csi_quobyte.errors import Corrupt
-from csi_quobyte.pool.records import LayerRecord, Marker, SnapshotRecord, VolumeRecord
+from csi_quobyte.pool.records import LayerRecord, Marker, SnapshotRecord, VolumeRecord, VolumeState
 from csi_quobyte.pool.store import Store
 
 T = TypeVar("T")
@@ -80,17 +80,35 @@ class Index:
         named |= {volume.parent: volume.id for volume in self.volumes.values() if volume.parent}
         return named
 
+    @cached_property
+    def held_layers(self) -> frozenset[str]:
+        """The layer ids that volumes and snapshots name themselves, or that may be under way."""
+        held = {volume.head for volume in self.volumes.values()}
+        held |= {volume.parent for volume in self.volumes.values() if volume.parent}
+        held |= {snapshot.layer for snapshot in self.snapshots.values()}
+        return frozenset(held) | self.intended_layers
+
+    @cached_property
+    def broken_volumes(self) -> frozenset[str]:
+        """The ids of volumes whose head has no readable record: nothing that may belong to them is removed."""
+        return frozenset(
+            volume.id
+            for volume in self.volumes.values()
+            if not volume.unfinished and volume.state is VolumeState.READY and volume.head not in self.layers
+        )
+
     def needs(self, layer_id: str, marker: Marker) -> bool:
         """Say whether a record justifies a marker on a layer."""
         match marker.kind:
             case "c":
                 child = self.layers.get(marker.id)
-                return (child is not None and child.parent == layer_id) or marker.id in self.intended_layers
+                # a child that a volume or snapshot names and that has no record is damage, not garbage
+                return (child is not None and child.parent == layer_id) or marker.id in self.held_layers
             case "s":
                 snapshot = self.snapshots.get(marker.id)
                 return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id
             case "v":
-                if self.announced.get(layer_id) == marker.id:
+                if self.announced.get(layer_id) == marker.id or marker.id in self.broken_volumes:
                     return True
                 volume = self.volumes.get(marker.id)
                 if volume is None or volume.uid != marker.uid:

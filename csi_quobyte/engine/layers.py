@@ -9,7 +9,7 @@ record that needs it, and taken away after that record is gone or no longer need
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 
 from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
@@ -175,11 +175,14 @@ def intent_is_outdated(
     )
 
 
-def freeze(store: Store, volume: VolumeRecord, next_id: str) -> VolumeRecord:
+def freeze(
+    store: Store, volume: VolumeRecord, next_id: str, *, check_intent: Callable[[], None] = lambda: None
+) -> VolumeRecord:
     """Put the new overlay `next_id` on a detached volume's head, which is frozen by that; done before is success.
 
     The caller's intent record names `next_id`, and its own marker is in the old head. On return the old head is
-    frozen; a crash in between is finished by calling again or by `finish_freeze`.
+    frozen; a crash in between is finished by calling again or by `finish_freeze`. `check_intent` raises Busy when the
+    intent record is no longer what the caller read.
 
     Raises:
         Refused: the volume is attached, or a storage daemon has its head open all the same.
@@ -193,6 +196,9 @@ def freeze(store: Store, volume: VolumeRecord, next_id: str) -> VolumeRecord:
         store.check_not_written(old)
         store.mark(old.id, child_marker(next_id))
         make_overlay(store, next_id, volume_marker(volume), parent=old, size_bytes=volume.size_bytes)
+        # Whoever undoes the intent writes that down first, then writes the volume's record again, then removes the
+        # overlay: with the intent read after the volume was, either it is seen here or the swap fails.
+        check_intent()
         # die here: the new overlay is nobody's head yet; the intent's owner goes on or undoes it
         volume = store.swap(volume, replace(volume, head=next_id))
     finish_freeze(store, volume)
@@ -282,10 +288,10 @@ def drop(store: Store, layer_id: str) -> str | None:
     return layer.parent
 
 
-def drop_upwards(store: Store, layer_id: str | None) -> int:
-    """Drop a layer and then each parent that nothing refers to any more; gives how many were dropped."""
+def drop_upwards(store: Store, layer_id: str | None, *, keep: Container[str] = ()) -> int:
+    """Drop a layer and then each parent that nothing refers to any more and that is not to be kept; gives how many."""
     dropped = 0
-    while layer_id:
+    while layer_id and (dropped == 0 or layer_id not in keep):
         try:
             layer_id = drop(store, layer_id)
         except (Busy, NotFound):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from csi_quobyte.engine import layers
-from csi_quobyte.errors import Corrupt
+from csi_quobyte.errors import Corrupt, Refused
 from csi_quobyte.pool.records import (
     SnapshotRecord,
     SnapshotState,
@@ -30,7 +30,13 @@ def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
     """Take a volume away (its record is swapped to `deleting` first if it is not yet); gives the layer it leaves.
 
     The caller holds the lock of the volume, and of the source while `source_next` is set.
+
+    Raises:
+        Refused: it is attached.
+        Busy: the record is no longer what the caller read; nothing was changed.
     """
+    if volume.attachments:
+        raise Refused(f"volume {volume.id} is published to node {volume.attachments[0].node}")
     if volume.state is not VolumeState.DELETING:
         volume = store.swap(volume, replace(volume, state=VolumeState.DELETING))
     if volume.unfinished:

@@ -62,7 +62,8 @@ def create(store: Store, request: SnapshotRequest, release: Release) -> Snapshot
         try:
             return _finish(store, snapshot)
         except _FINAL:
-            release(removal.remove_snapshot(store, store.snapshot(snapshot_id)))
+            # the record of this call, and no other: see volumes
+            release(removal.remove_snapshot(store, snapshot))
             raise
 
 
@@ -130,10 +131,21 @@ def _finish(store: Store, snapshot: SnapshotRecord) -> SnapshotRecord:
         volume = layers.ready_volume(store, snapshot.source_volume)
         if volume.head not in {snapshot.layer, snapshot.next}:
             raise NotFound(f"volume {volume.id} was made anew meanwhile")
-        layers.freeze(store, volume, snapshot.next)
+        layers.freeze(store, volume, snapshot.next, check_intent=lambda: _check_unchanged(store, snapshot))
     if store.layer(snapshot.layer).state is not LayerState.FROZEN:
         raise Busy(f"the volume of snapshot {snapshot.id} is being changed")
     return store.swap(snapshot, replace(snapshot, state=SnapshotState.READY, unfinished=False))
+
+
+def _check_unchanged(store: Store, intent: SnapshotRecord) -> None:
+    """Check that an intent still is what this call read.
+
+    Raises:
+        Busy: it was finished, undone or deleted by another operation.
+    """
+    current = store.find_snapshot(intent.id)
+    if current is None or not records.same_version(current, intent):
+        raise Busy(f"snapshot {intent.id} is being worked on by another operation")
 
 
 def delete(store: Store, snapshot_id: str, release: Release) -> None:
@@ -146,6 +158,8 @@ def delete(store: Store, snapshot_id: str, release: Release) -> None:
         try:
             snapshot = store.find_snapshot(snapshot_id)
         except Corrupt as error:
+            if not store.is_damaged("snapshots", snapshot_id):
+                raise Busy(f"the record of snapshot {snapshot_id} was being changed") from error
             log.error("deleting a snapshot whose record cannot be read: %s", error)
             store.remove_damaged("snapshots", snapshot_id)
             release(None)

@@ -150,7 +150,8 @@ def _create_from(
         return _finish(store, volume)
     except _FINAL:
         # final for the sidecars: they forget the volume, so nothing of it may stay
-        release(removal.remove_volume(store, store.volume(volume_id)))
+        # It is the record of this call that is undone: if another one has finished or changed it, that one is right.
+        release(removal.remove_volume(store, volume))
         raise
 
 
@@ -312,10 +313,21 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
         cloned = ready_volume(store, source.id)
         if cloned.head not in {parent_id, volume.source_next}:
             raise NotFound(f"volume {source.id} was made anew meanwhile")
-        layers.freeze(store, cloned, volume.source_next)
+        layers.freeze(store, cloned, volume.source_next, check_intent=lambda: _check_unchanged(store, volume))
     if store.layer(parent_id).state is not LayerState.FROZEN:
         raise Busy(f"the source of volume {volume.id} is being changed")
     return parent_id
+
+
+def _check_unchanged(store: Store, intent: VolumeRecord) -> None:
+    """Check that an intent still is what this call read.
+
+    Raises:
+        Busy: it was finished, undone or deleted by another operation.
+    """
+    current = store.find_volume(intent.id)
+    if current is None or not records.same_version(current, intent):
+        raise Busy(f"volume {intent.id} is being worked on by another operation")
 
 
 def check_same_request(volume: VolumeRecord, request: CreateRequest) -> None:
@@ -356,14 +368,15 @@ def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Rele
             volume = store.find_volume(volume_id)
         except Corrupt as error:
             # a damaged object can always be deleted; what it referred to is found by the collector
+            # but not on one look: a read that another host's change has cut short looks the same
+            if not store.is_damaged("volumes", volume_id):
+                raise Busy(f"the record of volume {volume_id} was being changed") from error
             log.error("deleting a volume whose record cannot be read: %s", error)
             store.remove_damaged("volumes", volume_id)
             release(None)
             return
         if volume is None:
             return
-        if volume.attachments:
-            raise Refused(f"volume {volume_id} is published to node {volume.attachments[0].node}")
         with _also_locked(store, volume, None):
             release(removal.remove_volume(store, volume))
         provisioned.add(store, -volume.size_bytes)

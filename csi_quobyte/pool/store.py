@@ -26,6 +26,7 @@ from csi_quobyte.pool.locks import Locks, is_written_by_qemu, try_lock
 from csi_quobyte.pool.records import (
     Content,
     LayerRecord,
+    LayerState,
     Modes,
     NodeRecord,
     Owner,
@@ -46,6 +47,7 @@ _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
 _RECORD_BYTES = 1 << 20
 _CLAIM_PATIENCE_S = 2.0
+_REREAD_PAUSE_S = 1.1
 
 
 def _read(path: str) -> bytes | None:
@@ -549,6 +551,22 @@ class Store:
         else:
             self._steps.discard(claim)
 
+    def is_damaged(self, folder: str, record_id: str) -> bool:
+        """Say whether a record cannot be read, looking at it three times over two seconds.
+
+        A reader whose client has an old length of the file cached sees a changed record cut off, for about a second.
+        """
+        path = self._record_path(folder, record_id)
+        kind = VolumeRecord if folder == "volumes" else SnapshotRecord
+        for pause_s in (0.0, _REREAD_PAUSE_S, _REREAD_PAUSE_S):
+            time.sleep(pause_s)
+            try:
+                self._find(kind, path)
+            except Corrupt:
+                continue
+            return False
+        return True
+
     def remove_damaged(self, folder: str, record_id: str) -> None:
         """Remove a record that cannot be read, at the explicit wish to delete it; its layers stay for the collector."""
         path = self._record_path(folder, record_id)
@@ -578,12 +596,15 @@ class Store:
 
         Raises:
             Exhausted: no space; no name was made but that of the refs directory.
+            Busy: another operation has given this layer up.
         """
         path = self._layer_file(record.id, record.file)
         refs = self._refs(record.id)
+        found = self.find_layer(record.id)
+        if found and found.state is LayerState.RETIRED:
+            raise Busy(f"layer {record.id} was given up by another operation")
         self._steps.make_directory(refs, sync=False)
         self._steps.touch(f"{refs}/{marker}", sync=False)
-        found = self.find_layer(record.id)
         made = found or records.next_version(record)
         unnamed: dict[str, str] = {}
         try:
