@@ -23,6 +23,7 @@ from csi_quobyte.errors import DriverError, Unavailable
 from csi_quobyte.host import command
 from csi_quobyte.host.qemu import QemuTools, find_tools, gate
 from csi_quobyte.host.qsd import Daemons
+from csi_quobyte.host.staged import StagedNotes
 from csi_quobyte.operations.staging import Node
 from csi_quobyte.pool import records
 from csi_quobyte.pool.pools import Pool, Pools
@@ -30,7 +31,7 @@ from csi_quobyte.pool.records import NodeRecord
 from csi_quobyte.rpc.controller import ControllerService
 from csi_quobyte.rpc.health import serve_health, serve_metrics
 from csi_quobyte.rpc.identity import IdentityService
-from csi_quobyte.rpc.node import NodeService
+from csi_quobyte.rpc.node import Fence, NodeService
 from csi_quobyte.rpc.registration import Registration
 from csi_quobyte.rpc.server import AddServices, Server, controller_services, node_services
 
@@ -96,6 +97,7 @@ def node(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
         driver_name=config.driver_name,
         tools=tools,
         daemons=Daemons(tools, config.state_dir),
+        notes=StagedNotes(config.state_dir),
         allow_untested_qemu=config.allow_untested_qemu,
     )
     identity = IdentityService(config.driver_name, pools, [lambda: _gate_reason(config, tools)])
@@ -116,6 +118,7 @@ def node(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
         return staging.stop_all() if config.stop_daemons_on_exit else True
 
     staging.recover()
+    threading.Thread(target=Fence(staging, pools).run_forever, name="fence", daemon=True).start()
     for one in pools.all:
         threading.Thread(target=_keep_node_record, args=(one, config.node_id), daemon=True).start()
     on_ready = registration.start if registration else None

@@ -15,6 +15,7 @@ Commands have time limits. Reads and ioctls made in this process have none: a de
 the command before them (blkid, mount), and a call that hangs all the same has to be abandoned by the caller.
 """
 
+import errno
 import fcntl
 import math
 import mmap
@@ -26,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from csi_quobyte.errors import InvalidArgument, OutOfRange, Refused, Unavailable
+from csi_quobyte.errors import Busy, InvalidArgument, OutOfRange, Refused, Unavailable
 from csi_quobyte.host import command, mounts
 
 SUPPORTED = ("ext4", "xfs")
@@ -238,6 +239,21 @@ def is_readable(device: str) -> bool:
     except Unavailable:
         return False
     return True
+
+
+def check_unused(device: str) -> None:
+    """Check that nothing has an unmounted device open for itself, as a tool that was left running would.
+
+    Raises:
+        Busy: something has.
+        Unavailable: the device cannot be opened.
+    """
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise Busy(f"{device}: another process works on it; an earlier call may not have ended") from error
+        raise Unavailable(f"{device}: cannot be opened: {error.strerror}") from error
 
 
 def sync(mountpoint: str, *, timeout_s: float) -> None:

@@ -340,6 +340,12 @@ class Daemon:
                 return StopResult.STILL_RUNNING
             return _ended_result(self._directory, self._detached)
 
+    def kill(self) -> bool:
+        """End the process without a flush, and say whether it has ended: for one that must not write any more."""
+        process, marker = self._detached.process, _marker(self.key)
+        command.send_signal(process, marker, signal.SIGKILL)
+        return command.wait_exit(process, _KILL_TIMEOUT_S)
+
     def _close(self, deadline: float) -> None:
         """Take the export away, flush, and note that for the process that may have to go on from here."""
         try:

@@ -16,9 +16,9 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -29,8 +29,10 @@ from csi_quobyte.errors import (
     Busy,
     Corrupt,
     DriverError,
+    Exhausted,
     InvalidArgument,
     NotFound,
+    OutOfRange,
     Refused,
     Unavailable,
 )
@@ -39,6 +41,7 @@ from csi_quobyte.host.filesystem import Usage
 from csi_quobyte.host.loop import LoopDevice
 from csi_quobyte.host.qemu import ImageLayer, QemuTools, gate
 from csi_quobyte.host.qsd import Daemon, Daemons, StopResult
+from csi_quobyte.host.staged import StagedNote, StagedNotes
 from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import chain_of
 from csi_quobyte.pool.records import AccessType, Attachment, Content, LayerRecord, VolumeRecord
@@ -47,6 +50,15 @@ from csi_quobyte.pool.store import Store
 log = logging.getLogger(__name__)
 
 TAG_PREFIX = "cq"
+
+# The calls end with these for good: the sidecars and the kubelet take them for "nothing is in progress".
+_FINAL = (Refused, Corrupt, NotFound, InvalidArgument, OutOfRange, Exhausted)
+
+
+class _StaleError(Refused):
+    """This node's attachment is gone or another one: what it has in memory must not be written."""
+
+
 UNMOUNT_TIMEOUT_S = 10.0
 RELEASE_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 20.0
@@ -92,12 +104,20 @@ class Node:
     """The node's side of all volumes. Methods that take a store touch the pool; the others never do."""
 
     def __init__(
-        self, *, node_id: str, driver_name: str, tools: QemuTools, daemons: Daemons, allow_untested_qemu: bool
+        self,
+        *,
+        node_id: str,
+        driver_name: str,
+        tools: QemuTools,
+        daemons: Daemons,
+        notes: StagedNotes,
+        allow_untested_qemu: bool,
     ) -> None:
         self._identity = f"{driver_name}\0{node_id}\0"
         self._node_id = node_id
         self._tools = tools
         self._daemons = daemons
+        self._notes = notes
         self._allow_untested_qemu = allow_untested_qemu
         self._held: set[str] = set()
         self._guard = threading.Lock()
@@ -135,28 +155,80 @@ class Node:
             Busy, Unavailable: try again.
         """
         with self._lock(request.volume_id):
-            volume, attachment = self._attached(store, request.volume_id, request.generation)
-            _check_request(volume, request)
-            _check_staging_path(request)
-            key = self._key(volume.id)
-            fresh = self._is_fresh(key)
+            key = self._key(request.volume_id)
             try:
-                device = self._ensure_device(store, volume, attachment, request.staging_path)
-                if volume.access_type == "block":
-                    _note_raw_use(store, volume, attachment)
-                else:
-                    _ensure_mounted(store, volume, attachment, device, request)
-            except (Refused, Corrupt, NotFound, InvalidArgument):
-                # final: the kubelet may never unstage what it believes was not staged. What was there before this
-                # call is left alone: a pod may be using it.
-                if fresh:
-                    self._release(key)
+                volume, attachment = self._attached(store, request.volume_id, request.generation)
+                _check_request(volume, request)
+                _check_staging_path(request)
+                self._stage(store, volume, attachment, request)
+            except _FINAL as error:
+                # the kubelet may never unstage what it has been told for good was not staged
+                self._give_up(key, request.staging_path, kill=isinstance(error, _StaleError))
                 raise
             self._count_staged()
 
-    def _is_fresh(self, key: str) -> bool:
-        """Say whether nothing of a volume is on this node yet."""
-        return loop.find(loop.tag_of(TAG_PREFIX, key)) is None and self._daemons.find(key) is None
+    def _stage(self, store: Store, volume: VolumeRecord, attachment: Attachment, request: StageRequest) -> None:
+        key = self._key(volume.id)
+
+        def check_attached() -> None:
+            # a stage that hung for a while must not go on for an attachment that was taken away meanwhile
+            self._attached(store, volume.id, attachment.generation)
+
+        self._expel_stale(key, attachment, request.staging_path)
+        self._notes.put(key, StagedNote(volume.id, attachment.generation))
+        device = self._ensure_device(store, volume, attachment, request.staging_path)
+        check_attached()
+        if volume.access_type == "block":
+            _note_raw_use(store, volume, attachment)
+        else:
+            _ensure_mounted(store, volume, attachment, device, request, check_attached)
+
+    def _expel_stale(self, key: str, attachment: Attachment, staging_path: str) -> None:
+        """End the daemon and the device of an earlier attachment without a flush.
+
+        What they have in memory is older than what another node may have written since: used again they would show
+        old data, flushed they would write it.
+
+        Raises:
+            Refused: a pod still has the device mounted: it must go first.
+        """
+        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        if device is None and self._daemons.find(key) is None:
+            return
+        note = self._notes.find(key)
+        if note and note.generation == attachment.generation:
+            return
+        if device and (others := [target for target in _targets(device) if target != staging_path]):
+            raise Refused(f"{device.path} is of an earlier attachment and still mounted at {others[0]}")
+        log.warning("what is left of an earlier attachment of volume key %s is ended without a flush", key)
+        self._kill(key, staging_path)
+
+    def _give_up(self, key: str, staging_path: str, *, kill: bool) -> None:
+        """Take down what a failed stage has left, unless a pod uses it.
+
+        Raises:
+            Unavailable: it cannot be taken down now: then the failure is not final yet.
+        """
+        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        if device and any(target != staging_path for target in _targets(device)):
+            return
+        try:
+            if kill:
+                self._kill(key, staging_path)
+            else:
+                self._take_down(key, staging_path)
+        except DriverError as error:
+            raise Unavailable(f"what the failed stage has left cannot be taken down yet: {error}") from error
+
+    def _kill(self, key: str, staging_path: str) -> None:
+        """Take down a device and its daemon so that nothing that they have cached is written any more."""
+        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        if device:
+            loop.set_read_only(device)
+        daemon = self._daemons.find(key)
+        if daemon and not daemon.kill():
+            raise Unavailable(f"the storage daemon of key {key} does not end; is its pool hanging?")
+        self._take_down(key, staging_path)
 
     def _attached(self, store: Store, volume_id: str, generation: int) -> tuple[VolumeRecord, Attachment]:
         """Give a volume and this node's attachment of it.
@@ -168,12 +240,12 @@ class Node:
         for attachment in volume.attachments:
             if attachment.node == self._node_id:
                 if attachment.generation != generation:
-                    raise Refused(
+                    raise _StaleError(
                         f"volume {volume_id}: generation {generation} is stale, the attachment has "
                         f"{attachment.generation}"
                     )
                 return volume, attachment
-        raise Refused(f"volume {volume_id} is not attached to node {self._node_id}")
+        raise _StaleError(f"volume {volume_id} is not attached to node {self._node_id}")
 
     def _ensure_device(
         self, store: Store, volume: VolumeRecord, attachment: Attachment, staging_path: str
@@ -198,6 +270,12 @@ class Node:
             if not read_only:
                 daemon.resize(volume.size_bytes)
             backing = daemon.ensure_fuse_export(writable=not read_only)
+        present = loop.find(tag)
+        if present and present.read_only and not read_only and attachment.readonly:
+            # set read-only after its journal was replayed: done if it is mounted, else from the start
+            if mounts.at(staging_path):
+                return present
+            loop.release(tag, timeout_s=RELEASE_TIMEOUT_S)
         device = loop.ensure(tag, backing, read_only=read_only)
         if not read_only and device.size_bytes < volume.size_bytes:
             device = loop.refresh_size(device)
@@ -233,10 +311,11 @@ class Node:
 
     # --- unstage -----------------------------------------------------------------------------------------------
 
-    def unstage(self, volume_id: str, staging_path: str) -> None:
+    def unstage(self, volume_id: str, staging_path: str, *, stale: bool = False) -> None:
         """Unmount, free the device and end the daemon; done before is success. Does not need the pool.
 
-        Returns only when nothing of this node can write to the volume any more.
+        Returns only when nothing of this node can write to the volume any more. With `stale` (see `is_stale`) nothing
+        that is cached is written.
 
         Raises:
             Refused: still published, or something else is mounted at the staging path (nothing was done); or the file
@@ -245,11 +324,50 @@ class Node:
         """
         with self._lock(volume_id):
             _check_unused(self._find_device(volume_id), volume_id, staging_path)
-            self._take_down(self._key(volume_id), staging_path)
+            if stale:
+                log.error("volume %s was taken away from this node: its cached writes are dropped", volume_id)
+                self._kill(self._key(volume_id), staging_path)
+            else:
+                self._take_down(self._key(volume_id), staging_path)
             self._count_staged()
 
+    # --- an attachment that was taken away ---------------------------------------------------------------------
+
+    def staged_volumes(self) -> list[str]:
+        """Give the ids of the volumes that this node has staged, by its notes."""
+        notes = [self._notes.find(key) for key in self._notes.keys()]  # noqa: SIM118 - not a dict
+        return [note.volume_id for note in notes if note]
+
+    def is_stale(self, volume_id: str, record: VolumeRecord | None) -> bool:
+        """Say whether a volume is staged here for an attachment that its record does not have any more."""
+        note = self._notes.find(self._key(volume_id))
+        if note is None:
+            return False
+        attachments = record.attachments if record else ()
+        return not any(one.node == self._node_id and one.generation == note.generation for one in attachments)
+
+    def fence(self, volume_id: str) -> None:
+        """End the daemon of a volume that was taken away, without a flush; pods get errors from now on.
+
+        Raises:
+            Busy: a call on the volume is running.
+            Unavailable: the daemon does not end.
+        """
+        with self._lock(volume_id):
+            if device := self._find_device(volume_id):
+                loop.set_read_only(device)
+            daemon = self._daemons.find(self._key(volume_id))
+            if daemon is None:
+                return
+            log.error("volume %s was taken away from this node while staged: its daemon is ended", volume_id)
+            if not daemon.kill():
+                raise Unavailable(f"the storage daemon of volume {volume_id} does not end; is its pool hanging?")
+
     def _take_down(self, key: str, staging_path: str) -> None:
-        if mounts.at(staging_path):
+        """Unmount a device at the staging path, free it and end its daemon. A foreign mount there is left alone."""
+        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        mounted = mounts.at(staging_path)
+        if mounted and device and mounted.major_minor == device.major_minor:
             outcome = mounts.unmount(staging_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
             if outcome is mounts.Unmounted.LAZY:
                 log.warning("%s did not answer and was unmounted lazily", staging_path)
@@ -262,6 +380,7 @@ class Node:
             log.error("data of key %s could not be written back and is lost: %s", key, released.flush_error)
         self._stop_daemon(key)
         self._daemons.forget(key)
+        self._notes.remove(key)
 
     def _stop_daemon(self, key: str) -> None:
         daemon = self._daemons.find(key)
@@ -290,6 +409,7 @@ class Node:
             if request.access_type != volume.access_type:
                 raise Refused(f"volume {volume.id} was made for access type {volume.access_type}")
             device = self._device(volume.id)
+            self._check_staged_for(attachment, volume.id)
             readonly = request.readonly or attachment.readonly
             if volume.access_type == "block" and request.readonly and not attachment.readonly:
                 raise InvalidArgument("a block volume can be read-only only as a whole: attach it read-only")
@@ -307,9 +427,24 @@ class Node:
             Refused: the file system is in use there.
         """
         with self._lock(volume_id):
-            if mounts.at(target_path):
+            mounted = mounts.at(target_path)
+            if mounted and mounted.fstype.startswith("fuse"):
+                raise Refused(
+                    f"{mounted.source} ({mounted.fstype}) is mounted at {target_path}: no volume of this driver"
+                )
+            if mounted:
                 mounts.unmount(target_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
             _remove_target(target_path)
+
+    def _check_staged_for(self, attachment: Attachment, volume_id: str) -> None:
+        """Check that what is staged was staged for this attachment.
+
+        Raises:
+            Refused: it was staged for an earlier one.
+        """
+        note = self._notes.find(self._key(volume_id))
+        if note is None or note.generation != attachment.generation:
+            raise Refused(f"volume {volume_id} is staged here for another attachment; stage it again")
 
     def _device(self, volume_id: str) -> LoopDevice:
         """Give a volume's device.
@@ -337,6 +472,10 @@ class Node:
             device = _device_at(self._find_device(volume_id), volume_id, volume_path)
             if volume.size_bytes < wanted_bytes:
                 raise Unavailable(f"volume {volume_id} has {volume.size_bytes} bytes in its record, not {wanted_bytes}")
+            attachment = next((one for one in volume.attachments if one.node == self._node_id), None)
+            if attachment is None:
+                raise Refused(f"volume {volume_id} is not attached to node {self._node_id}")
+            self._check_staged_for(attachment, volume_id)
             if device.read_only:
                 raise Refused(f"volume {volume_id} is attached read-only")
             chain = chain_of(volume.head, store.find_layer)
@@ -511,18 +650,25 @@ def _note_raw_use(store: Store, volume: VolumeRecord, attachment: Attachment) ->
     """Write down, before a pod can write, that anything may be on the device from now on."""
     content = store.content(volume)
     if not attachment.readonly and (content is None or content.state != "raw"):
-        store.put_content(volume, Content(state="raw"))
+        store.put_content(volume, Content(state="raw", generation=attachment.generation))
 
 
 def _ensure_mounted(
-    store: Store, volume: VolumeRecord, attachment: Attachment, device: LoopDevice, request: StageRequest
+    store: Store,
+    volume: VolumeRecord,
+    attachment: Attachment,
+    device: LoopDevice,
+    request: StageRequest,
+    check_attached: Callable[[], None],
 ) -> None:
     mounted = mounts.at(request.staging_path)
     if mounted:
         if mounted.major_minor != device.major_minor:
             raise Refused(f"{mounted.source} is mounted at the staging path {request.staging_path}")
         return
-    _ensure_filesystem(store, volume, device)
+    filesystem.check_unused(device.path)
+    _ensure_filesystem(store, volume, attachment, device, check_attached)
+    check_attached()
     filesystem.repair(device.path, volume.filesystem, timeout_s=FSCK_TIMEOUT_S)
     filesystem.grow_unmounted(device.path, volume.filesystem)
     options = [*request.mount_options, *filesystem.default_mount_options(volume.filesystem)]
@@ -531,36 +677,59 @@ def _ensure_mounted(
         filesystem.replay_journal(device.path, volume.filesystem, request.staging_path, timeout_s=FSCK_TIMEOUT_S)
         device = loop.set_read_only(device)
         options.append("ro")
+    check_attached()
     mounts.mount(device.path, request.staging_path, fstype=volume.filesystem, options=options)
     if not attachment.readonly and filesystem.needs_growth(device.path, volume.filesystem, request.staging_path):
         filesystem.grow(device.path, volume.filesystem, request.staging_path)
 
 
-def _ensure_filesystem(store: Store, volume: VolumeRecord, device: LoopDevice) -> None:
+def _ensure_filesystem(
+    store: Store,
+    volume: VolumeRecord,
+    attachment: Attachment,
+    device: LoopDevice,
+    check_attached: Callable[[], None],
+) -> None:
     """Make the file system if nothing was ever written but by our own mkfs, else check that it is there.
 
     The note `formatting` comes before the first byte of mkfs and `formatted` before the first mount: a volume found
-    `formatting` holds nothing of anybody's.
+    `formatting` holds nothing of anybody's. Only a note of an earlier attachment may have come late, from a node that
+    hung: then a file system that is there is believed before the note is.
 
     Raises:
         Refused: the device holds something else than the records say; it is never formatted then.
     """
     content = store.content(volume)
-    if content is None or content.state == "formatting":
-        if content is None:
-            if not filesystem.is_blank(device.path):
-                raise Refused(f"volume {volume.id} was never formatted and its device is not blank: not touching it")
-            store.put_content(volume, Content(state="formatting", filesystem=volume.filesystem))
+    formatted = Content(state="formatted", filesystem=volume.filesystem, generation=attachment.generation)
+    if _may_format(volume, attachment, device, content):
+        check_attached()
+        store.put_content(volume, replace(formatted, state="formatting"))
+        check_attached()
         filesystem.make(device.path, volume.filesystem, options=volume.mkfs_options, timeout_s=MKFS_TIMEOUT_S)
-        store.put_content(volume, Content(state="formatted", filesystem=volume.filesystem))
+        store.put_content(volume, formatted)
         return
     found = filesystem.probe(device.path)
     if found != volume.filesystem:
         raise Refused(
             f"volume {volume.id} should hold {volume.filesystem}, its device holds {found or 'nothing known'}"
         )
-    if content.state != "formatted":
-        store.put_content(volume, Content(state="formatted", filesystem=volume.filesystem))
+    if content is None or content.state != "formatted":
+        store.put_content(volume, formatted)
+
+
+def _may_format(volume: VolumeRecord, attachment: Attachment, device: LoopDevice, content: Content | None) -> bool:
+    """Say whether nothing of anybody's can be on a device.
+
+    Raises:
+        Refused: the volume was never formatted, and yet something is there.
+    """
+    if content is None:
+        if not filesystem.is_blank(device.path):
+            raise Refused(f"volume {volume.id} was never formatted and its device is not blank: not touching it")
+        return True
+    if content.state != "formatting":
+        return False
+    return content.generation == attachment.generation or filesystem.probe(device.path) != volume.filesystem
 
 
 def _publish_source(device: LoopDevice, request: PublishRequest) -> str:

@@ -11,9 +11,39 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TypeVar
 
-from csi_quobyte.errors import Unavailable
+from csi_quobyte.errors import Busy, Unavailable
 
 T = TypeVar("T")
+
+
+class Reservations:
+    """Names that a call has to itself from the moment it arrives until its work has really ended.
+
+    Work that waits in a queue, or hangs before it reaches a lock of its own, is under way all the same: a later call
+    that undoes what it does must not be answered before it.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._taken: set[str] = set()
+
+    def take(self, *names: str) -> Callable[[], None]:
+        """Take all names, and give what lets them go again (from any thread, once).
+
+        Raises:
+            Busy: one of them is taken; none was taken now.
+        """
+        with self._guard:
+            for name in names:
+                if name in self._taken:
+                    raise Busy(f"another call on {name} is still under way")
+            self._taken.update(names)
+
+        def let_go() -> None:
+            with self._guard:
+                self._taken.difference_update(names)
+
+        return let_go
 
 
 class Executor:
@@ -33,21 +63,23 @@ class Executor:
         """Start `work` with the caller's log context, and do not wait."""
         return self._workers.submit(contextvars.copy_context().run, work)
 
-    def run(self, work: Callable[[], T]) -> T:
-        """Do `work` and give its result.
+    def run(self, work: Callable[[], T], *, finished: Callable[[], None] = lambda: None) -> T:
+        """Do `work` and give its result. `finished` is called once it has really ended, or will never begin.
 
         Raises:
             Unavailable: it was not done within the time limit (if it had begun, it goes on), or too many wait already.
         """
         if not self._callers.acquire(blocking=False):
+            finished()
             raise Unavailable(f"too many calls wait for {self._name} already; try again")
         try:
-            return self._wait(work)
+            return self._wait(work, finished)
         finally:
             self._callers.release()
 
-    def _wait(self, work: Callable[[], T]) -> T:
+    def _wait(self, work: Callable[[], T], finished: Callable[[], None]) -> T:
         future = self.submit(work)
+        future.add_done_callback(lambda _: finished())
         try:
             return future.result(self._timeout_s)
         except FutureTimeoutError:

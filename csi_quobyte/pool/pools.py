@@ -54,14 +54,14 @@ class Pool:
         self._guard = threading.Lock()
         self._store: Store | None = None
 
-    def run(self, work: Callable[[Store], T]) -> T:
-        """Do `work` on this pool and give its result.
+    def run(self, work: Callable[[Store], T], *, finished: Callable[[], None] = lambda: None) -> T:
+        """Do `work` on this pool and give its result; `finished` as in `Executor.run`.
 
         Raises:
             Unavailable: the pool is not mounted or not answering within the time limit; in the latter case the work
                 may still be going on.
         """
-        return self._executor.run(lambda: work(self.open()))
+        return self._executor.run(lambda: work(self.open()), finished=finished)
 
     def open(self) -> Store:
         """Give the open store, opening it (again) when needed. May hang: use `run` unless on a thread of your own.

@@ -75,11 +75,12 @@ class Content:
     """What is known to have been written to a volume's device.
 
     formatting: our mkfs was started and nothing else ever wrote; formatted: holds `filesystem`;
-    raw: given to a pod as a block device, so anything may be there.
+    raw: given to a pod as a block device, so anything may be there. `generation` is the attachment's that wrote it.
     """
 
     state: Literal["formatting", "formatted", "raw"]
     filesystem: str = ""
+    generation: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

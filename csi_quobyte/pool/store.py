@@ -724,7 +724,14 @@ class Store:
         return self._find(Content, self._content_path(volume)) or volume.inherited_content
 
     def put_content(self, volume: VolumeRecord, content: Content) -> None:
-        """Write down what is on a volume. Only the node that has it attached does this, so a plain replace is right."""
+        """Write down what is on a volume; only the node that has it attached does this.
+
+        Raises:
+            Refused: a later attachment has written its note already: this node's is a stale one.
+        """
+        present = self._find(Content, self._content_path(volume))
+        if present and present.generation > content.generation:
+            raise Refused(f"volume {volume.id} has been used under a later attachment ({present.generation})")
         temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(content)))
         self._steps.rename(temporary, self._content_path(volume))
 

@@ -15,6 +15,7 @@ from csi_quobyte.operations.capacity import Provisioned
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pb import csi_pb2_grpc
 from csi_quobyte.pool import records
+from csi_quobyte.pool.executor import Reservations
 from csi_quobyte.pool.pools import Pool, Pools
 from csi_quobyte.pool.records import SnapshotRecord, Source, VolumeRecord
 from csi_quobyte.pool.sizes import GRANULARITY_BYTES, MAXIMUM_SIZE_BYTES
@@ -44,13 +45,17 @@ _R = TypeVar("_R", VolumeRecord, SnapshotRecord)
 
 
 class ControllerService(csi_pb2_grpc.ControllerServicer):
-    """Serves the controller RPCs for all pools of this process."""
+    """Serves the controller RPCs for all pools of this process.
+
+    Each call that changes something has its object to itself from its arrival until its work has really ended.
+    """
 
     def __init__(self, pools: Pools, collectors: Mapping[str, Collector]) -> None:
         """`collectors` is by pool name."""
         self._pools = pools
         self._collectors = collectors
         self._provisioned = Provisioned()
+        self._reservations = Reservations()
 
     # --- volumes -----------------------------------------------------------------------------------------------
 
@@ -62,7 +67,8 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         self._check_source(pool, source)
         self._check_other_pools(pool, lambda store: store.find_volume(records.volume_id(store.prefix, checked.name)))
         release = self._collectors[pool.name].release
-        made = pool.run(lambda store: volumes.create(store, checked, self._provisioned, release))
+        taken = self._reservations.take(records.volume_id(pool.prefix or pool.name, checked.name))
+        made = pool.run(lambda store: volumes.create(store, checked, self._provisioned, release), finished=taken)
         return csi.CreateVolumeResponse(volume=convert.volume(made, pool.name))
 
     def _check_source(self, pool: Pool, source: Source | None) -> None:
@@ -85,7 +91,8 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         volume_id = convert.required(request.volume_id, "the volume id")
         if pool := self._pools.find_owner(volume_id):
             release = self._collectors[pool.name].release
-            pool.run(lambda store: volumes.delete(store, volume_id, self._provisioned, release))
+            taken = self._reservations.take(volume_id)
+            pool.run(lambda store: volumes.delete(store, volume_id, self._provisioned, release), finished=taken)
         return csi.DeleteVolumeResponse()
 
     def ControllerPublishVolume(
@@ -93,7 +100,8 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
     ) -> csi.ControllerPublishVolumeResponse:
         checked = convert.attach_request(request)
         pool = self._pools.owner(checked.volume_id, "volume")
-        made = pool.run(lambda store: volumes.attach(store, checked))
+        taken = self._reservations.take(checked.volume_id)
+        made = pool.run(lambda store: volumes.attach(store, checked), finished=taken)
         return csi.ControllerPublishVolumeResponse(publish_context={"generation": str(made.generation)})
 
     def ControllerUnpublishVolume(
@@ -101,7 +109,8 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
     ) -> csi.ControllerUnpublishVolumeResponse:
         volume_id = convert.required(request.volume_id, "the volume id")
         if pool := self._pools.find_owner(volume_id):
-            pool.run(lambda store: volumes.detach(store, volume_id, request.node_id))
+            taken = self._reservations.take(volume_id)
+            pool.run(lambda store: volumes.detach(store, volume_id, request.node_id), finished=taken)
         return csi.ControllerUnpublishVolumeResponse()
 
     def ValidateVolumeCapabilities(
@@ -131,7 +140,8 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         volume_id = convert.required(request.volume_id, "the volume id")
         size = convert.expand_range(request)
         pool = self._pools.owner(volume_id, "volume")
-        record = pool.run(lambda store: volumes.expand(store, volume_id, size, self._provisioned))
+        taken = self._reservations.take(volume_id)
+        record = pool.run(lambda store: volumes.expand(store, volume_id, size, self._provisioned), finished=taken)
         return csi.ControllerExpandVolumeResponse(capacity_bytes=record.size_bytes, node_expansion_required=True)
 
     def ControllerGetVolume(
@@ -176,7 +186,9 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
             pool, lambda store: store.find_snapshot(records.snapshot_id(store.prefix, checked.name))
         )
         release = self._collectors[pool.name].release
-        made = pool.run(lambda store: snapshots.create(store, checked, release))
+        name_id = records.snapshot_id(pool.prefix or pool.name, checked.name)
+        taken = self._reservations.take(checked.source_volume, name_id)
+        made = pool.run(lambda store: snapshots.create(store, checked, release), finished=taken)
         return csi.CreateSnapshotResponse(snapshot=convert.snapshot(made))
 
     def DeleteSnapshot(
@@ -185,7 +197,8 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         snapshot_id = convert.required(request.snapshot_id, "the snapshot id")
         if pool := self._pools.find_owner(snapshot_id):
             release = self._collectors[pool.name].release
-            pool.run(lambda store: snapshots.delete(store, snapshot_id, release))
+            taken = self._reservations.take(snapshot_id)
+            pool.run(lambda store: snapshots.delete(store, snapshot_id, release), finished=taken)
         return csi.DeleteSnapshotResponse()
 
     def GetSnapshot(self, request: csi.GetSnapshotRequest, context: grpc.ServicerContext) -> csi.GetSnapshotResponse:

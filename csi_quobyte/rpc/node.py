@@ -1,18 +1,21 @@
 """The CSI Node service: convert, one operation, convert.
 
 Calls that read or write records run on the pool's executor. The others (unstage, unpublish, stats) must work while a
-pool is dead or hanging, so they run on an executor of the node's own.
+pool is dead or hanging, so they run on an executor of the node's own. Each call that changes something has its volume
+to itself from its arrival until its work has really ended: an unstage is not answered while an abandoned stage hangs.
 """
 
+import logging
+import threading
 from collections.abc import Mapping
 
 import grpc
 
-from csi_quobyte.errors import InvalidArgument, NotFound
+from csi_quobyte.errors import DriverError, InvalidArgument, NotFound
 from csi_quobyte.operations.staging import Node, PublishRequest, StageRequest, VolumeStats
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pb import csi_pb2_grpc
-from csi_quobyte.pool.executor import Executor
+from csi_quobyte.pool.executor import Executor, Reservations
 from csi_quobyte.pool.pools import Pools
 from csi_quobyte.rpc import convert
 
@@ -25,6 +28,10 @@ CAPABILITIES = (
 )
 
 LOCAL_WORKERS = 32
+FENCE_EVERY_S = 10.0
+_LOOK_WAIT_S = 1.0
+
+log = logging.getLogger(__name__)
 
 
 class NodeService(csi_pb2_grpc.NodeServicer):
@@ -35,6 +42,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         self._pools = pools
         self._node_id = node_id
         self._max_volumes = max_volumes
+        self._reservations = Reservations()
         self._local = Executor(f"node {node_id}", workers=LOCAL_WORKERS, callers=LOCAL_WORKERS, timeout_s=timeout_s)
 
     def NodeStageVolume(
@@ -52,7 +60,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             filesystem=checked.filesystem,
             mount_options=checked.mount_options,
         )
-        pool.run(lambda store: self._node.stage(store, stage))
+        pool.run(lambda store: self._node.stage(store, stage), finished=self._reservations.take(volume_id))
         return csi.NodeStageVolumeResponse()
 
     def NodeUnstageVolume(
@@ -60,7 +68,13 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     ) -> csi.NodeUnstageVolumeResponse:
         volume_id = convert.required(request.volume_id, "the volume id")
         staging_path = convert.path(request.staging_target_path, "the staging target path")
-        self._local.run(lambda: self._node.unstage(volume_id, staging_path))
+        taken = self._reservations.take(volume_id)
+        self._local.run(
+            lambda: self._node.unstage(
+                volume_id, staging_path, stale=is_taken_away(self._node, self._pools, volume_id)
+            ),
+            finished=taken,
+        )
         return csi.NodeUnstageVolumeResponse()
 
     def NodePublishVolume(
@@ -79,7 +93,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             readonly=request.readonly or checked.readonly,
             single_writer=checked.access_mode == convert.SINGLE_WRITER,
         )
-        pool.run(lambda store: self._node.publish(store, publish))
+        pool.run(lambda store: self._node.publish(store, publish), finished=self._reservations.take(volume_id))
         return csi.NodePublishVolumeResponse()
 
     def NodeUnpublishVolume(
@@ -87,7 +101,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     ) -> csi.NodeUnpublishVolumeResponse:
         volume_id = convert.required(request.volume_id, "the volume id")
         target_path = convert.path(request.target_path, "the target path")
-        self._local.run(lambda: self._node.unpublish(volume_id, target_path))
+        taken = self._reservations.take(volume_id)
+        self._local.run(lambda: self._node.unpublish(volume_id, target_path), finished=taken)
         return csi.NodeUnpublishVolumeResponse()
 
     def NodeGetVolumeStats(
@@ -107,7 +122,10 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         pool = self._pools.owner(volume_id, "volume")
         volume_path = _existing_path(request.volume_path)
         wanted = convert.size_range(request.capacity_range if request.HasField("capacity_range") else None)
-        size_bytes = pool.run(lambda store: self._node.expand(store, volume_id, volume_path, wanted.required_bytes))
+        size_bytes = pool.run(
+            lambda store: self._node.expand(store, volume_id, volume_path, wanted.required_bytes),
+            finished=self._reservations.take(volume_id),
+        )
         return csi.NodeExpandVolumeResponse(capacity_bytes=size_bytes)
 
     def NodeGetCapabilities(
@@ -121,6 +139,46 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 
     def NodeGetInfo(self, request: csi.NodeGetInfoRequest, context: grpc.ServicerContext) -> csi.NodeGetInfoResponse:
         return csi.NodeGetInfoResponse(node_id=self._node_id, max_volumes_per_node=self._max_volumes)
+
+
+def is_taken_away(node: Node, pools: Pools, volume_id: str) -> bool:
+    """Say whether a volume is staged for an attachment that is gone; False when its pool does not answer now."""
+    try:
+        pool = pools.find_owner(volume_id)
+        if pool is None or not pool.health(wait_s=_LOOK_WAIT_S).ok:
+            return False
+        return node.is_stale(volume_id, pool.run(lambda store: store.find_volume(volume_id)))
+    except DriverError:
+        return False
+
+
+class Fence:
+    """Looks now and then whether a staged volume was taken away from this node (a forced detach), and ends its daemon.
+
+    Twice in a row, because a client may show a record as it was a moment ago. Where locks do not reach between hosts
+    this is what keeps a node that comes back from writing to what another one uses; it is not instantaneous.
+    """
+
+    def __init__(self, node: Node, pools: Pools) -> None:
+        self._node = node
+        self._pools = pools
+        self._suspects: set[str] = set()
+
+    def run_forever(self, every_s: float = FENCE_EVERY_S) -> None:
+        """Look every `every_s` seconds for the life of the process."""
+        waiter = threading.Event()
+        while not waiter.wait(every_s):
+            self.look()
+
+    def look(self) -> None:
+        """Look once at every staged volume."""
+        taken = {one for one in self._node.staged_volumes() if is_taken_away(self._node, self._pools, one)}
+        for volume_id in taken & self._suspects:
+            try:
+                self._node.fence(volume_id)
+            except DriverError as error:
+                log.warning("volume %s was taken away and cannot be ended now: %s", volume_id, error)
+        self._suspects = taken
 
 
 def _capability(request: csi.NodeStageVolumeRequest | csi.NodePublishVolumeRequest) -> convert.Capability:

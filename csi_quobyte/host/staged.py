@@ -1,0 +1,60 @@
+"""Notes of what this node has staged: for which volume and attachment a key's device and daemon were made.
+
+The kernel and QMP say what is there; they cannot say for which attachment. The note is written before anything is
+started and removed after everything has ended, so a device without a note, or with another generation, is stale.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_quobyte.errors import Unavailable
+
+
+@dataclass(frozen=True)
+class StagedNote:
+    """One staged volume, and the generation of the attachment that it was staged for."""
+
+    volume_id: str
+    generation: int
+
+
+class StagedNotes:
+    """The notes in one state directory; one process at a time uses it."""
+
+    def __init__(self, state_dir: str) -> None:
+        self._directory = Path(state_dir) / "staged"
+
+    def _path(self, key: str) -> Path:
+        return self._directory / f"{key}.json"
+
+    def put(self, key: str, note: StagedNote) -> None:
+        """Write the note of a key, whole or not at all. It means nothing after a reboot, so it is not synced.
+
+        Raises:
+            Unavailable: the state directory cannot be written.
+        """
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            unfinished = self._path(key).with_suffix(".tmp")
+            unfinished.write_text(json.dumps(vars(note)), encoding="utf-8")
+            os.replace(unfinished, self._path(key))
+        except OSError as error:
+            raise Unavailable(f"{self._directory} cannot be written: {error.strerror}") from error
+
+    def find(self, key: str) -> StagedNote | None:
+        """Give the note of a key; None when there is none that can be read."""
+        try:
+            found = json.loads(self._path(key).read_text(encoding="utf-8"))
+            return StagedNote(str(found["volume_id"]), int(found["generation"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remove(self, key: str) -> None:
+        """Forget a key; done before is success."""
+        self._path(key).unlink(missing_ok=True)
+
+    def keys(self) -> list[str]:
+        """Give the keys that have a note, sorted."""
+        return sorted(path.stem for path in self._directory.glob("*.json"))
