@@ -41,6 +41,7 @@ RUN export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTI
 # --- the image
 FROM ${BASE_IMAGE}
 # qemu-utils holds qemu-img and qemu-storage-daemon; files, qcow2 and FUSE exports need no module of qemu-block-extra.
+# No program lends its owner's rights (setuid): the controller needs none and the node plugin has them.
 RUN --mount=type=secret,id=apt.conf --mount=type=secret,id=sources.list \
     if [ -e /run/secrets/apt.conf ]; then export APT_CONFIG=/run/secrets/apt.conf; fi \
     && apt-get update \
@@ -49,7 +50,8 @@ RUN --mount=type=secret,id=apt.conf --mount=type=secret,id=sources.list \
     && apt-get clean \
     && rm -rf /var/lib/apt/lists/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log /var/log/alternatives.log \
     && groupadd --gid 65532 csi-quobyte \
-    && useradd --uid 65532 --gid 65532 --no-create-home --home-dir / --shell /usr/sbin/nologin csi-quobyte
+    && useradd --uid 65532 --gid 65532 --no-create-home --home-dir / --shell /usr/sbin/nologin csi-quobyte \
+    && find / -xdev -type f -perm /6000 -exec chmod ug-s {} +
 COPY --from=build /opt/csi-quobyte /opt/csi-quobyte
 COPY --from=build /driver/ /
 

@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # The parts of `test` run one after the other, in the order of the list, also with -j.
 .NOTPARALLEL:
-.PHONY: help setup setup-demo demo test lint lint-steps format unit integration sanity bench lock proto clean
+.PHONY: help setup setup-demo demo test lint lint-steps format unit integration sanity bench image lock proto clean
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
 CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
@@ -49,6 +49,10 @@ sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 ##@ Measure
 bench: setup ## the table of figures in docs/measurements.md
 	@$(CONTAINED) 1800 bench -- $(PYTHON) bench/run.py
+
+##@ Ship
+image: ## build the container image and write it to a file (IMAGE=name, BASE_IMAGE=trixie of a registry, FRESH=1)
+	@deploy/lab/image.sh
 
 ##@ Develop
 setup: ## install what the tests need (run by every target that needs it)

@@ -27,9 +27,10 @@ def check(pool: tuple[str, ...], require_mount: RequireMount, qemu_dir: str | No
     Exit status 1 when something was found.
     """
     check_image = _image_checker(find_tools(qemu_dir))
-    results = [(one.name, check_store(store, check_image)) for one, store in open_pools(pool, require_mount)]
-    for name, result in results:
-        _print(name, result, as_json)
+    with open_pools(pool, require_mount) as opened:
+        results = [(one.name, check_store(store, check_image)) for one, store in opened]
+        for name, result in results:
+            _print(name, result, as_json)
     sys.exit(1 if any(result.findings for _, result in results) else 0)
 
 

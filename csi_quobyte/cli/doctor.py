@@ -12,7 +12,7 @@ from typing import Literal
 import click
 
 from csi_quobyte.cli import options
-from csi_quobyte.config import PoolSpec
+from csi_quobyte.config import PoolSpec, check_pools
 from csi_quobyte.errors import DriverError
 from csi_quobyte.host.qemu import find_tools, gate
 from csi_quobyte.pool.mount import RequireMount, check_mount
@@ -48,7 +48,10 @@ def doctor(
     Exit status 1 when a check fails.
     """
     checks = [*_qemu(qemu_dir, allow_untested_qemu), *_kernel(), *_commands(), *_privileges()]
-    for spec in options.parse_pools(pool):
+    specs = options.parse_pools(pool)
+    if specs:
+        check_pools(specs)
+    for spec in specs:
         checks += _pool(spec, require_mount)
     if as_json:
         click.echo(json.dumps({"checks": [asdict(check) for check in checks]}))

@@ -3,7 +3,9 @@
 Exit status: 0 fine, 1 findings or refused, 2 wrong use, wrong configuration or not able to run.
 """
 
+import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -25,9 +27,17 @@ for command in (serve.controller, serve.node, pool.pool, check.check, show.ls, s
 
 
 def main() -> None:
-    """Run the command line; an expected failure is one line on standard error, never a traceback."""
+    """Run the command line and end the process; an expected failure is one line on standard error, no traceback."""
     try:
         cli(prog_name="csi-quobyte")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except DriverError as error:
         click.echo(f"csi-quobyte: {error}", err=True)
-        sys.exit(1 if isinstance(error, _REFUSED) else 2)
+        status = 1 if isinstance(error, _REFUSED) else 2
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    # a thread that was abandoned in a hung pool would keep the interpreter from ending
+    os._exit(status)

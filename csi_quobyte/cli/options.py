@@ -35,7 +35,8 @@ require_mount = option(
     "--require-mount",
     type=click.Choice(REQUIRE_MOUNT_CHOICES),
     default="quobyte",
-    help="What must be mounted at a pool's path: a Quobyte volume; one whose root need not have size 0; anything.",
+    help="What must be mounted at a pool's path: a Quobyte volume; one whose root need not have size 0 (a stand-in); "
+    "any: no check, so that an unmounted volume's directory would be written to.",
 )
 qemu_dir = option("--qemu-dir", default=None, help="Directory of qemu-img and qemu-storage-daemon; PATH if not given.")
 allow_untested_qemu = option(

@@ -30,10 +30,15 @@ _looking = options.combined(options.pools(required=True), options.require_mount,
 @_looking
 def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
     """List volumes and snapshots."""
-    rows = [row for one, store in open_pools(pool, require_mount) for row in _rows(one.name, index_module.read(store))]
-    if as_json:
-        click.echo(json.dumps({"objects": rows}))
-        return
+    with open_pools(pool, require_mount) as opened:
+        rows = [row for one, store in opened for row in _rows(one.name, index_module.read(store))]
+        if as_json:
+            click.echo(json.dumps({"objects": rows}))
+        else:
+            _print_objects(rows)
+
+
+def _print_objects(rows: list[dict[str, Any]]) -> None:
     _print_columns(
         ("ID", "NAME", "SIZE", "STATE", "NODE", "SOURCE"),
         [(r["id"], r["name"], human(r["size_bytes"]), r["state"], r["node"], r["source"]) for r in rows],
@@ -45,12 +50,13 @@ def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> Non
 @_looking
 def show(record_id: str, pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
     """Show one volume, snapshot or layer whole: its record, its chain, its files and who refers to it."""
-    for one, store in open_pools(pool, require_mount):
-        if found := _details(store, record_id):
-            found["pool"] = one.name
-            click.echo(json.dumps(found, default=_plain) if as_json else _as_text(found))
-            return
-    raise NotFound(f"nothing in these pools has the id {record_id}")
+    with open_pools(pool, require_mount) as opened:
+        for one, store in opened:
+            if found := _details(store, record_id):
+                found["pool"] = one.name
+                click.echo(json.dumps(found, default=_plain) if as_json else _as_text(found))
+                return
+        raise NotFound(f"nothing in these pools has the id {record_id}; csi-quobyte ls prints the ids")
 
 
 @click.command()
@@ -58,17 +64,25 @@ def show(record_id: str, pool: tuple[str, ...], require_mount: RequireMount, as_
 @_looking
 def tree(volume: str | None, pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
     """Draw the layers, base first, with what refers to each; only those of VOLUME if it is given."""
-    for one, store in open_pools(pool, require_mount):
-        found = index_module.read(store)
-        roots = _roots(found, volume)
-        if as_json:
-            nodes = [_as_nodes(store, found, layer, 0) for layer in roots]
-            click.echo(json.dumps({"pool": one.name, "layers": nodes}, default=_plain))
-            continue
-        drawing = Tree(Text(f"pool {one.name}"))
-        for layer in roots:
-            _draw(store, found, layer, drawing, 0)
-        _console().print(drawing)
+    with open_pools(pool, require_mount) as opened:
+        indexes = [(one, store, index_module.read(store)) for one, store in opened]
+        if volume:
+            indexes = [entry for entry in indexes if volume in entry[2].volumes]
+            if not indexes:
+                raise NotFound(f"no volume has the id {volume}; csi-quobyte ls prints the ids")
+        for one, store, found in indexes:
+            _print_tree(one.name, store, found, _roots(found, volume), as_json)
+
+
+def _print_tree(pool: str, store: Store, found: Index, roots: list[LayerRecord], as_json: bool) -> None:
+    if as_json:
+        nodes = [_as_nodes(store, found, layer, 0) for layer in roots]
+        click.echo(json.dumps({"pool": pool, "layers": nodes}, default=_plain))
+        return
+    drawing = Tree(Text(f"pool {pool}"))
+    for layer in roots:
+        _draw(store, found, layer, drawing, 0)
+    _console().print(drawing)
 
 
 def _print_columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -215,7 +229,7 @@ def _who(found: Index, layer: LayerRecord) -> list[str]:
         marker = parse_marker(text)
         if marker and marker.kind == "v":
             volume = found.volumes.get(marker.id)
-            names.append(f"volume {volume.name if volume else marker.id}")
+            names.append(f"volume {volume.name} ({human(volume.size_bytes)})" if volume else f"volume {marker.id}")
         elif marker and marker.kind == "s":
             snapshot = found.snapshots.get(marker.id)
             names.append(f"snapshot {snapshot.name if snapshot else marker.id}")

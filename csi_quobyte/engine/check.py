@@ -182,6 +182,8 @@ def _leftovers(store: Store, found: Index) -> Iterator[Finding]:
     for stray in found.strays:
         if finding := _stray(found, stray):
             yield finding
+    for name in store.foreign_files():
+        yield Finding("foreign-file", "", name, "not a file of this format")
     for path in store.stale_temporaries():
         yield Finding("stale-temporary", "", path, "left by a process that has ended")
 

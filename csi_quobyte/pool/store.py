@@ -12,6 +12,7 @@ empty, and from then on nothing can refer to the layer again.
 
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -43,6 +44,10 @@ log = logging.getLogger(__name__)
 
 _SHARDED = ("volumes", "snapshots", "layers")
 _PLAIN = ("tmp", "reserve", "nodes")
+_SHARD = re.compile(r"[0-9a-f]{2}")
+_TEMPORARY = re.compile(r"(init|[0-9a-f]{16})\.[0-9a-f]{12}")
+_RESERVE = re.compile(r"[0-9a-f]{32}")
+_NODE = re.compile(r"[0-9a-f]{32}\.json")
 _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
 _RECORD_BYTES = 1 << 20
@@ -125,10 +130,13 @@ def initialise(root: str, *, owner: Owner, modes: Modes) -> PoolFormat:
     with suppress(NotFound):
         found = read_format(root)
         if (found.owner, found.modes) != (owner, modes):
-            raise Refused(f"{root} is a pool already, with {found.owner} and {found.modes}")
+            raise Refused(
+                f"{root} is a pool already, with owner {found.owner.uid}:{found.owner.gid}, file mode "
+                f"{found.modes.file} and directory mode {found.modes.directory}, which pool init does not change"
+            )
         return found
-    if foreign := set(_names(root)) - {*_SHARDED, *_PLAIN, "lock", "lost+found"}:
-        raise Refused(f"{root} is not empty and not a pool: it holds {', '.join(sorted(foreign)[:5])}")
+    if foreign := _foreign_before_init(root):
+        raise Refused(f"{root} is not empty and not a pool: it holds {', '.join(foreign[:5])}")
     made = PoolFormat(
         format=records.FORMAT,
         uuid=str(uuid.uuid4()),
@@ -155,6 +163,31 @@ def initialise(root: str, *, owner: Owner, modes: Modes) -> PoolFormat:
     finally:
         steps.discard(temporary)
     return made
+
+
+def _foreign_before_init(root: str) -> list[str]:
+    """Name what is in a directory without format.json that an interrupted `initialise` has not made."""
+    foreign = [name for name in _names(root) if name not in {*_SHARDED, *_PLAIN, "lock", "lost+found"}]
+    for folder in (*_SHARDED, *_PLAIN):
+        for name in _names_if_directory(f"{root}/{folder}", foreign, folder):
+            path = f"{folder}/{name}"
+            made = _SHARD.fullmatch(name) if folder in _SHARDED else folder == "tmp" and _TEMPORARY.fullmatch(name)
+            if not made:
+                foreign.append(path)
+            elif folder in _SHARDED:
+                foreign += [f"{path}/{below}" for below in _names_if_directory(f"{root}/{path}", foreign, path)]
+    with translated(f"{root}/lock"), suppress(FileNotFoundError):
+        if os.stat(f"{root}/lock").st_size:
+            foreign.append("lock")
+    return sorted(foreign)
+
+
+def _names_if_directory(path: str, foreign: list[str], name: str) -> list[str]:
+    """Give the names in a directory; a file in its place is added to `foreign`."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        foreign.append(name)
+        return []
+    return _names(path)
 
 
 def _own_root(root: str, made: PoolFormat) -> None:
@@ -750,7 +783,7 @@ class Store:
     # --- housekeeping ------------------------------------------------------------------------------------------
 
     def _reserve_file(self) -> str | None:
-        found = _names(f"{self.root}/reserve")
+        found = [name for name in _names(f"{self.root}/reserve") if _RESERVE.fullmatch(name)]
         return f"{self.root}/reserve/{found[0]}" if found else None
 
     def replenish_reserve(self) -> None:
@@ -772,11 +805,23 @@ class Store:
             found += [(folder, shard, name) for name in names if not _is_record(name)]
         return found
 
+    def foreign_files(self) -> list[str]:
+        """Name what lies outside of the shards and is not of this format; nothing of it is ever touched."""
+        known = {*_SHARDED, *_PLAIN, "lock", "format.json", "lost+found"}
+        foreign = [name for name in _names(self.root) if name not in known]
+        for folder, form in (("tmp", _TEMPORARY), ("reserve", _RESERVE), ("nodes", _NODE)):
+            foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not form.fullmatch(name)]
+        for folder in _SHARDED:
+            foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not _SHARD.fullmatch(name)]
+        return foreign
+
     def stale_temporaries(self) -> list[str]:
         """Give the temporary files whose process no longer lives (as far as this mount's locks tell)."""
         directory = f"{self.root}/tmp"
         stale = []
         for name in _names(directory):
+            if not _TEMPORARY.fullmatch(name):
+                continue  # not ours: check reports it
             token = name.partition(".")[0]
             if token != self._token and not self._token_is_held(token):
                 stale.append(f"{directory}/{name}")

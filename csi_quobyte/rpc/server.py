@@ -6,6 +6,7 @@ cut in the middle. 64 workers, of which all calls but Identity's may use 48, so 
 
 import logging
 import os
+import socket
 import threading
 import time
 import uuid
@@ -141,6 +142,7 @@ class Server:
 
     def __init__(self, endpoint: str, add_services: Callable[[grpc.Server], None]) -> None:
         self._path = endpoint.removeprefix("unix://")
+        self._inode = -1
         self._server = grpc.server(
             ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc"),
             interceptors=[Interceptor()],
@@ -149,17 +151,21 @@ class Server:
         add_services(self._server)
 
     def start(self) -> None:
-        """Listen; a socket that a process before us has left is replaced.
+        """Listen; a socket that a process before us has left is replaced, one that answers is not.
 
         Raises:
-            Unavailable: the socket cannot be made.
+            Unavailable: the socket cannot be made, or another process serves on it.
         """
-        with suppress(FileNotFoundError):
-            os.unlink(self._path)
+        if _is_served(self._path):
+            raise errors.Unavailable(f"another process serves on {self._path}")
         try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+            with suppress(FileExistsError):
+                os.mkdir(os.path.dirname(self._path), 0o750)
             self._server.add_insecure_port(f"unix://{self._path}")
             self._server.start()
+            self._inode = os.stat(self._path).st_ino
         except (RuntimeError, OSError) as error:
             raise errors.Unavailable(f"cannot listen on {self._path}: {error}") from error
 
@@ -167,8 +173,20 @@ class Server:
         """Take no more calls and wait for the running ones; False if some did not end in time."""
         finished = self._server.stop(grace_s).wait(grace_s + 1)
         with suppress(FileNotFoundError):
-            os.unlink(self._path)
+            if os.stat(self._path).st_ino == self._inode:  # not one that somebody has put in its place
+                os.unlink(self._path)
         return finished
+
+
+def _is_served(path: str) -> bool:
+    """Say whether a process accepts connections on a unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(2.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
 
 
 AddServices = Callable[[grpc.Server], None]

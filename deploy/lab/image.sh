@@ -178,7 +178,8 @@ make_base() {
     within "$base_timeout_s" mmdebstrap --quiet --variant=minbase --aptopt="$work/base-apt.conf" \
       --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
       --dpkgopt='path-include=/usr/share/doc/*/copyright' --dpkgopt='path-exclude=/usr/share/locale/*' \
-      --customize-hook='rm -f "$1/etc/apt/sources.list" "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/hostname" "$1/etc/resolv.conf"' \
+      --customize-hook='rm -f "$1/etc/apt/sources.list" "$1"/etc/apt/sources.list.d/* "$1/etc/apt/apt.conf.d/99mmdebstrap"' \
+      --customize-hook='rm -f "$1/etc/hostname" "$1/etc/resolv.conf"' \
       "$suite" "$work/base.tar" "$work/sources.list"
     if [[ "$engine" == buildah ]]; then
       container="$("${cli[@]}" from "${policy[@]}" scratch)"
@@ -231,6 +232,7 @@ sys.exit(f\"doctor: {bad}\" if bad else 0)"
   for program in pip pip3 gcc cc make git curl; do
     if command -v "$program"; then echo "$program does not belong into the image"; exit 1; fi
   done
+  if find / -xdev -type f -perm /6000 2>/dev/null | grep .; then echo "nothing in the image may lend rights"; exit 1; fi
   for path in /run/secrets/* /var/lib/apt/lists/*_Packages* /var/cache/apt/archives/*.deb /src /build /wheels; do
     if [ -e "$path" ]; then echo "$path does not belong into the image"; exit 1; fi
   done
