@@ -106,8 +106,8 @@ def _find(name: str, qemu_dir: str | None) -> tuple[str, Version]:
     where = "on PATH" if qemu_dir is None else f"in {qemu_dir}"
     if path is None or not os.access(path, os.X_OK):
         raise Unavailable(
-            f"no {name} {where}: QEMU 10.0.13 or a later 10.0, or 11.1 and later, is needed (older ones, as in Debian 12, "
-            f"are refused); --qemu-dir names its directory"
+            f"no {name} {where}: QEMU 10.0.13 or a later 10.0, or 11.1 and later, is needed (older ones, as "
+            f"in Debian 12, are refused); --qemu-dir names its directory"
         )
     path = str(Path(path).absolute())  # commands run with another working directory
     printed = command.run([path, "--version"], timeout_s=_VERSION_TIMEOUT_S).stdout
