@@ -261,7 +261,9 @@ def _drop_unreferenced(store: Store, found: Index, report: Report) -> None:
         if layer.state is not LayerState.RETIRED and (layer.id in now.named_layers or layer.id in now.held_layers):
             continue
         with _if_free(store, report):
-            report.layers += layers.drop_upwards(store, layer.id, keep=now.held_layers)
+            dropped = layers.drop_upwards(store, layer.id, keep=now.held_layers)
+            report.layers += dropped
+            report.left += not dropped and store.find_layer(layer.id) is not None
 
 
 def _remove_damaged_layers(store: Store, found: Index, report: Report) -> None:
