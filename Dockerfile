@@ -16,12 +16,13 @@ RUN --mount=type=secret,id=apt.conf --mount=type=secret,id=sources.list \
     && apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 python3-venv
 
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # The locks come before the code, so that a change of the code does not fetch the packages again.
 COPY deploy/build.lock deploy/requirements.lock /src/deploy/
 # The kept environment has no pip: the build's own writes into it. The image's file system is read-only when it runs, so
 # what Python compiles is made here; it is not tied to its source's time, which copying may change.
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
-    export PIP_CONFIG_FILE=/run/secrets/pip.conf PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
+    export PIP_CONFIG_FILE=/run/secrets/pip.conf \
     && python3 -m venv /build \
     && /build/bin/pip install --require-hashes --only-binary :all: -r /src/deploy/build.lock \
     && python3 -m venv --without-pip /opt/csi-quobyte \
@@ -33,9 +34,9 @@ RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
 COPY pyproject.toml README.md LICENSE /src/
 COPY proto /src/proto
 COPY csi_quobyte /src/csi_quobyte
-RUN export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-    && /build/bin/pip wheel --no-deps --no-build-isolation --no-index --wheel-dir /wheels /src \
-    && /build/bin/pip --python /opt/csi-quobyte/bin/python install --no-compile --no-deps --no-index --root /driver /wheels/*.whl \
+RUN /build/bin/pip wheel --no-deps --no-build-isolation --no-index --wheel-dir /wheels /src \
+    && /build/bin/pip --python /opt/csi-quobyte/bin/python install --no-compile --no-deps --no-index \
+        --root /driver /wheels/*.whl \
     && python3 -m compileall -q --invalidation-mode unchecked-hash -s /driver /driver/opt/csi-quobyte/lib
 
 # --- the image
@@ -65,7 +66,7 @@ ENTRYPOINT ["csi-quobyte"]
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="csi-quobyte" \
-      org.opencontainers.image.description="Kubernetes CSI driver: disks as qcow2 or raw image files on Quobyte volumes" \
+      org.opencontainers.image.description="Kubernetes CSI driver: disks as image files on Quobyte volumes" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

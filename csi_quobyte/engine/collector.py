@@ -34,6 +34,7 @@ from csi_quobyte.pool.store import Store
 log = logging.getLogger(__name__)
 
 PASS_EVERY_S = 300.0
+AGAIN_AFTER_S = 15.0  # after a piece of work that failed or was in somebody's way
 _PASSES_AT_MOST = 5
 # between passes when a claim is in the way: some passes later it counts as a dead process's
 _CLAIM_PAUSE_S = 1.0
@@ -81,24 +82,27 @@ class Collector:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        wait_s = PASS_EVERY_S
         while not self._stopping.is_set():
             try:
-                layer_id = self._released.get(timeout=PASS_EVERY_S)
+                layer_id = self._released.get(timeout=wait_s)
             except queue.Empty:
                 layer_id = None
             if self._stopping.is_set():
                 return
-            self._work(layer_id)
+            wait_s = PASS_EVERY_S if self._work(layer_id) else AGAIN_AFTER_S
 
-    def _work(self, layer_id: str | None) -> None:
-        """Do one piece of work; an error waits for the next full look, it never ends the thread."""
+    def _work(self, layer_id: str | None) -> bool:
+        """Do one piece of work; an error never ends the thread. False: something is to be done again soon."""
         try:
             store = self._pool.open()
-            if layer_id:
-                dropped = layers.drop_upwards(store, layer_id)
-                telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
-            else:
+            if layer_id is None:
                 self._sweep_until_quiet(store)
+                return True
+            dropped = layers.drop_upwards(store, layer_id)
+            telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
+            # a layer that is still there is referred to, or something was in the way of dropping it
+            return bool(dropped) or store.find_layer(layer_id) is None or bool(store.markers(layer_id))
         except Busy as error:
             log.info("collector of pool %s: %s", self._pool.name, error)
         except DriverError as error:
@@ -107,6 +111,7 @@ class Collector:
         except Exception:  # the thread must live on; the counter and the traceback tell of the bug
             telemetry.COLLECTOR_FAILURES.labels(self._pool.name).inc()
             log.exception("collector of pool %s", self._pool.name)
+        return False
 
     def _sweep_until_quiet(self, store: Store) -> None:
         """Look again after a pass that did something: what it removed may have been the last owner of more."""

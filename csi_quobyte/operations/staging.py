@@ -175,7 +175,6 @@ class Node:
             self._attached(store, volume.id, attachment.generation)
 
         self._expel_stale(key, attachment, request.staging_path)
-        self._notes.put(key, StagedNote(volume.id, attachment.generation))
         device = self._ensure_device(store, volume, attachment, request.staging_path)
         check_attached()
         if volume.access_type == "block":
@@ -256,8 +255,10 @@ class Node:
         _check_backing_names(store, chain)
         read_only = attachment.readonly and volume.access_type == "block"
         key, tag = self._key(volume.id), loop.tag_of(TAG_PREFIX, self._key(volume.id))
+        note = StagedNote(volume.id, attachment.generation)  # written before anything is started
         if is_plain_loop(volume, chain):
             self._clear_dead(key, staging_path, expect_daemon=False)
+            self._notes.put(key, note)
             store.check_not_written(chain[0])
             if not read_only:
                 store.grow_raw_image(chain[0], volume.size_bytes)
@@ -265,6 +266,7 @@ class Node:
         else:
             self._check_gate()
             self._clear_dead(key, staging_path, expect_daemon=True)
+            self._notes.put(key, note)
             daemon = self._daemons.ensure(key)
             daemon.ensure_open(_image_layers(store, chain), read_only=read_only)
             if not read_only:

@@ -11,8 +11,9 @@
 #                                containers              storage of buildah or podman (docker has its own)
 #
 # Debian packages come from where this machine's apt gets them, and Python packages from where its pip does. Both ways
-# are lent to the build as secrets: no address, proxy or certificate of this machine gets into a layer. One run at a
-# time. A run that ends early, by a signal too, leaves neither containers nor mounts; the file is old or new, never half.
+# are lent to the build as secrets: no address, proxy or certificate of this machine gets into a layer.
+# One run at a time. A run that ends early, by a signal too, leaves neither containers nor mounts. The file is replaced
+# in one step, and only by an image that passed the look; the name is given before, so that a bad one can be examined.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -54,6 +55,9 @@ within() {
   return "$status"
 }
 
+# The engine's calls that only look something up or register it.
+quick() { timeout --kill-after 20 60 "${cli[@]}" "$@" </dev/null; }
+
 stop() {
   trap '' INT TERM HUP
   [[ -z "$child" ]] || { kill -TERM "$child" 2>/dev/null && wait "$child"; } || true
@@ -64,10 +68,10 @@ leave() {
   local status=$?
   trap '' INT TERM HUP
   # The storage is ours and locked, so every container in it is of this run or of one that was killed.
-  [[ "$engine" != buildah ]] || timeout 60 "${cli[@]}" rm --all >>"$log" 2>&1 || status=1
-  rm -rf -- "$work" "$archive.tmp"
+  [[ "$engine" != buildah ]] || quick rm --all >>"$log" 2>&1 || status=1
+  rm -rf --one-file-system -- "$work" "$archive.tmp"
   if ((status != 0)); then
-    tail -n 25 -- "$log" >&2 || true
+    tail -n 25 -- "$log" | cut -c 1-300 >&2 || true
     printf 'image: %s failed; the whole output is in %s\n' "$current" "$log" >&2
   fi
   exit "$status"
@@ -118,7 +122,8 @@ debian_sources() {
 
 # How apt on this machine is told to fetch: proxies, and what a mirror with old signatures needs. Never whom to trust.
 apt_settings() {
-  apt-config dump --no-empty --format '%F "%v";%n' Acquire::http Acquire::https Acquire::Check-Valid-Until Acquire::Check-Date
+  apt-config dump --no-empty --format '%F "%v";%n' \
+    Acquire::http Acquire::https Acquire::Check-Valid-Until Acquire::Check-Date
 }
 
 # The same for pip, whose settings are in its environment or in its files.
@@ -134,15 +139,18 @@ pip_settings() {
   done
 }
 
+# private NAME FUNCTION: the function's output as a file that others cannot read: a proxy's address may hold a password.
+private() { (umask 077 && "$2" >"$work/$1"); }
+
 lend() { secrets+=(--secret "id=$1,src=$2"); }
 
 lend_network() {
   local name
-  pip_settings >"$work/pip.conf"
+  private pip.conf pip_settings
   lend pip.conf "$work/pip.conf"
   [[ ! -e "$ca_bundle" ]] || lend ca.crt "$ca_bundle"
   if command -v apt-config >/dev/null; then
-    apt_settings >"$work/apt.conf"
+    private apt.conf apt_settings
     # The sources fit only a base made from them: another one brings its own.
     if [[ -z "$base" ]]; then
       printf 'Dir::Etc::SourceList "/run/secrets/sources.list";\n' >>"$work/apt.conf"
@@ -169,20 +177,20 @@ find_sources() {
 # Like Debian's own slim image: minimal packages, no manuals. It names no archive, and nothing of this machine.
 make_base() {
   local tag container
-  tag="localhost/csi-quobyte-base:$( { declare -f make_base; cat "$work/sources.list"; } | sha256sum | cut -c 1-12)"
+  tag="localhost/csi-quobyte-base:$({ declare -f make_base; cat "$work/sources.list"; } | sha256sum | cut -c 1-12)"
   done_text="$tag, already there"
-  if [[ -n "${FRESH:-}" ]] || ! "${cli[@]}" inspect --type image "$tag" >/dev/null 2>&1; then
+  if [[ -n "${FRESH:-}" ]] || ! quick inspect --type image "$tag" >/dev/null 2>&1; then
     [[ "$(id -u)" == 0 ]] || die "only root can make a base: give BASE_IMAGE"
     need mmdebstrap
-    apt_settings >"$work/base-apt.conf"
-    within "$base_timeout_s" mmdebstrap --quiet --variant=minbase --aptopt="$work/base-apt.conf" \
+    private base-apt.conf apt_settings
+    within "$base_timeout_s" env TMPDIR="$work" mmdebstrap --quiet --variant=minbase --aptopt="$work/base-apt.conf" \
       --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
       --dpkgopt='path-include=/usr/share/doc/*/copyright' --dpkgopt='path-exclude=/usr/share/locale/*' \
-      --customize-hook='rm -f "$1/etc/apt/sources.list" "$1"/etc/apt/sources.list.d/* "$1/etc/apt/apt.conf.d/99mmdebstrap"' \
-      --customize-hook='rm -f "$1/etc/hostname" "$1/etc/resolv.conf"' \
+      --customize-hook='cd "$1/etc" && rm -f hostname resolv.conf' \
+      --customize-hook='cd "$1/etc/apt" && rm -f sources.list sources.list.d/* apt.conf.d/99mmdebstrap' \
       "$suite" "$work/base.tar" "$work/sources.list"
     if [[ "$engine" == buildah ]]; then
-      container="$("${cli[@]}" from "${policy[@]}" scratch)"
+      container="$(quick from "${policy[@]}" scratch)"
       within "$save_timeout_s" "${cli[@]}" add --quiet "$container" "$work/base.tar" /
       within "$save_timeout_s" "${cli[@]}" commit --quiet "${policy[@]}" --rm "$container" "$tag"
     else
@@ -207,7 +215,7 @@ build() {
     docker) export DOCKER_BUILDKIT=1 ;;
     *)
       arguments+=("${policy[@]}" --network host --layers --force-rm)
-      [[ -n "$base" ]] || arguments+=(--pull-never)
+      [[ -n "$base" ]] || arguments+=(--pull=never)
       ;;
   esac
   within "$build_timeout_s" "${cli[@]}" build "${arguments[@]}" --file "$root/Dockerfile" --tag "$image" "$root"
@@ -226,13 +234,16 @@ checks = {check[\"name\"]: check for check in json.load(sys.stdin)[\"checks\"]}
 bad = [checks[name] for name in (\"qemu\", \"qemu for fuse\", \"commands\") if checks[name][\"status\"] != \"ok\"]
 print(checks[\"qemu\"][\"detail\"])
 sys.exit(f\"doctor: {bad}\" if bad else 0)"
-  python3 -c "import sys, grpc, qemu.qmp, csi_quobyte.pb.csi_pb2 as stubs; assert sys.prefix == \"/opt/csi-quobyte\" and stubs.DESCRIPTOR"
-  python3 -c "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, (\"pip\", \"setuptools\", \"hatchling\", \"grpc_tools\", \"pytest\"))))" ||
-    { echo "a build tool is among the Python packages"; exit 1; }
+  python3 -c "
+import sys, importlib.util, grpc, qemu.qmp, csi_quobyte.pb.csi_pb2
+assert sys.prefix == \"/opt/csi-quobyte\", sys.prefix
+builders = \"pip\", \"setuptools\", \"hatchling\", \"grpc_tools\", \"pytest\"
+found = [name for name in builders if importlib.util.find_spec(name)]
+sys.exit(f\"in the image, but only builds need it: {found}\" if found else 0)"
   for program in pip pip3 gcc cc make git curl; do
     if command -v "$program"; then echo "$program does not belong into the image"; exit 1; fi
   done
-  if find / -xdev -type f -perm /6000 2>/dev/null | grep .; then echo "nothing in the image may lend rights"; exit 1; fi
+  if find / -xdev -type f -perm /6000 2>/dev/null | grep .; then echo "setuid does not belong here"; exit 1; fi
   for path in /run/secrets/* /var/lib/apt/lists/*_Packages* /var/cache/apt/archives/*.deb /src /build /wheels; do
     if [ -e "$path" ]; then echo "$path does not belong into the image"; exit 1; fi
   done
@@ -241,13 +252,13 @@ sys.exit(f\"doctor: {bad}\" if bad else 0)"
 look_into() {
   local container
   if [[ "$engine" == buildah ]]; then
-    container="$("${cli[@]}" from "${policy[@]}" --pull-never "$image")"
+    container="$(quick from "${policy[@]}" --pull=never "$image")"
     within "$check_timeout_s" "${cli[@]}" run "$container" -- /bin/sh -euc "$look"
-    "${cli[@]}" rm "$container" >/dev/null
+    quick rm "$container" >>"$log"
   else
     within "$check_timeout_s" "${cli[@]}" run --rm --network none --entrypoint /bin/sh "$image" -euc "$look"
   fi
-  done_text="$(sed -n 's/^qemu-storage-daemon version \([^ ]*\).*/QEMU \1/p' "$log" | tail -n 1), user 65532, no build tools"
+  done_text="QEMU $(sed -n 's/^qemu-img version \([^ ]*\).*/\1/p' "$log" | tail -n 1), user 65532, no build tools"
 }
 
 save() {
@@ -269,9 +280,12 @@ flock -w 1800 "$lock" || die "another build has not ended in $cache"
 
 archive="$cache/images/csi-quobyte.tar"
 log="$cache/images/build.log"
-work="$(mktemp -d "$cache/image.XXXXXX")"
+work="$cache/image.work"
 engine="" child="" current="start" base_of_build="$base"
 cli=() policy=() secrets=() proxies=()
+# The lock is held until the last process of a killed run has ended, so what it left can go.
+rm -rf --one-file-system -- "$work" "$archive.tmp"
+mkdir -m 0755 -- "$work"
 : >"$log"
 trap leave EXIT
 trap 'stop 130' INT

@@ -68,7 +68,8 @@ def assert_clean(machine: Machine) -> None:
     assert machine.leftovers() == []
     attached = [row for row in objects(machine) if row["node"]]
     assert attached == []
-    assert findings_left(machine) == []
+    found = findings_left(machine)
+    assert not found, found
 
 
 def findings_left(machine: Machine, *, timeout_s: float = 10.0) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ file_of() {
   local directory target="$cache/kubernetes/$4"
   is_stamped "$target" "$2" && return 0
   mkdir -p "$cache/kubernetes"
-  directory="$(cd "$cache" && GOTOOLCHAIN=local GOFLAGS= GOWORK=off timeout "$download_timeout_s" \
+  directory="$(cd "$cache" && GOTOOLCHAIN=local GOFLAGS='' GOWORK=off timeout "$download_timeout_s" \
     "$go" mod download -json "$1@$2" | sed -n 's/^\t"Dir": "\(.*\)",\{0,1\}$/\1/p')" || die "$1@$2 could not be downloaded"
   install -m 0644 -- "$directory/$3" "$target.tmp"
   mv "$target.tmp" "$target"
