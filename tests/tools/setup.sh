@@ -3,7 +3,7 @@
 # goes into one directory outside the tree, $CSI_QUOBYTE_CACHE (default /var/cache/csi-quobyte):
 #   venv             Python packages of the locks (hashes checked) and this tree, editable
 #   qemu             QEMU of Debian trixie, which need not be this machine's release
-#   go, bin          for `test`: a Go if the machine has none that is new enough, and csi-sanity
+#   go, bin          for `test`: a Go if the machine has none that is new enough, csi-sanity, and helm for the chart
 #
 # Usage: setup.sh [demo|test]     (default test, which includes demo)
 #
@@ -138,6 +138,11 @@ csi_sanity() {
   done_text="built, $sanity_version"
 }
 
+chart_tools() {
+  "$here/helm.sh" >/dev/null
+  done_text="helm and kubeconform are there"
+}
+
 profile="${1:-test}"
 case "$profile $#" in
   "demo 1" | "test 1" | "test 0") ;;
@@ -168,4 +173,5 @@ step qemu qemu
 if [[ "$profile" == test ]]; then
   step go go_toolchain
   step csi-sanity csi_sanity
+  step chart chart_tools
 fi
