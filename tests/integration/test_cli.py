@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from lab.machine import QEMU_DIR, Machine, wait_for
 pytestmark = pytest.mark.root
 
 VOLUME_BYTES = 64 * MIB
+DOCTOR_LIMIT_S = 10.0
+SLACK_S = 5.0
 
 
 def csi_quobyte(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -442,3 +445,56 @@ def test_the_kubelet_can_register_the_node() -> None:
         assert "has registered" in log
         assert machine.node_process.stop() == 0
         assert not socket.exists()
+
+
+# --- what goes wrong at the desk -------------------------------------------------------------------------------
+
+
+def test_a_second_controller_leaves_the_socket_of_the_first_alone() -> None:
+    with machine_of() as machine:
+        machine.start_controller()
+        socket = machine.base / "c.sock"
+        before = socket.stat().st_ino
+        second = csi_quobyte(
+            "controller", "--endpoint", f"unix://{socket}", *machine.pool_arguments, "--qemu-dir", QEMU_DIR
+        )
+        assert second.returncode == 2, second.stderr
+        assert str(socket) in second.stderr
+        assert socket.stat().st_ino == before
+        identity = csi_pb2_grpc.IdentityStub(machine.channel("c.sock"))
+        assert identity.Probe(csi.ProbeRequest(), timeout=10).ready.value
+
+
+def test_doctor_ends_although_a_pool_hangs() -> None:
+    with machine_of() as machine:
+        machine.standins["main"].hang()
+        started = time.monotonic()
+        done = csi_quobyte("doctor", *machine.pool_arguments, "--qemu-dir", QEMU_DIR, "--json")
+        assert time.monotonic() - started < DOCTOR_LIMIT_S + SLACK_S
+    assert done.returncode == 1
+    [pool] = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "pool main"]
+    assert pool["status"] == "fail"
+    assert "not answered" in pool["detail"]
+
+
+def test_doctor_with_two_pools_of_one_name_is_wrong_use(machine: Machine) -> None:
+    main = f"main={machine.pools['main']}"
+    done = csi_quobyte("doctor", "--pool", main, "--pool", f"main={machine.pools['second']}", "--qemu-dir", QEMU_DIR)
+    assert done.returncode == 2
+    assert "main" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ls_prints_the_good_pool_and_names_the_bad_one(machine: Machine) -> None:
+    done = csi_quobyte("ls", *machine.pool_arguments, "--pool", f"gone={machine.base}/nowhere", "--json")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {"origin", "other"} <= {row["name"] for row in json.loads(done.stdout)["objects"]}
+
+
+@pytest.mark.parametrize("command", ["show", "tree"])
+def test_a_name_in_the_place_of_an_id_is_answered_with_how_to_find_the_id(machine: Machine, command: str) -> None:
+    done = csi_quobyte(command, "origin", *machine.pool_arguments)
+    assert done.returncode == 1
+    assert "csi-quobyte ls" in done.stderr

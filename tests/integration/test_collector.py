@@ -67,7 +67,7 @@ def test_leftovers_of_every_kind_are_removed(kit: Kit) -> None:
     (root / "layers" / "ab" / f"{layer_id}.refs").mkdir()
     (root / "layers" / "ab" / f"{layer_id}.refs" / f"c-{records.new_layer_id()}").touch()
     (root / "volumes" / "00" / f"{kit.store.prefix}-vol-{'0' * 32}.content-01234567").touch()
-    (root / "tmp" / "0123456789abcdef.0123").touch()
+    (root / "tmp" / "0123456789abcdef.0123456789ab").touch()
     assert kit.findings() == {"orphan-file", "stale-marker", "stale-temporary"}
     kit.sweep_until_quiet()
     assert tree(kit.store.root) == new

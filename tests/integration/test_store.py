@@ -523,3 +523,48 @@ def test_pool_that_loses_its_directories_is_unavailable(kit: Kit) -> None:
     Path(kit.store.root, "lock").unlink()
     with pytest.raises(Unavailable):
         kit.create("v")
+
+
+# --- files of somebody else ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("foreign", ["tmp/report.odt", "reserve/a.txt", "volumes/mydata", "volumes/00/a.txt", "lock"])
+def test_init_refuses_what_it_cannot_have_made_and_changes_nothing(tmp_path: Path, foreign: str) -> None:
+    root = tmp_path / "pool"
+    path = root / foreign
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    before = sorted(root.rglob("*"))
+    with pytest.raises(Refused, match=re.escape(foreign)):
+        initialise(str(root), owner=OWNER, modes=Modes())
+    assert sorted(root.rglob("*")) == before
+    assert path.read_text() == "mine"
+
+
+def test_init_goes_on_after_any_number_of_its_directories(tmp_path: Path) -> None:
+    root = tmp_path / "pool"
+    root.mkdir()
+    initialise(str(root), owner=OWNER, modes=Modes())
+    whole = tree(root)
+    (root / "format.json").unlink()
+    for shard in ("layers/ff", "layers/10", "snapshots/00"):
+        (root / shard).rmdir()
+    (root / "tmp" / f"init.{'0' * 12}").touch()
+    initialise(str(root), owner=OWNER, modes=Modes())
+    (root / "tmp" / f"init.{'0' * 12}").unlink()
+    assert tree(root) == whole
+
+
+def test_foreign_files_outside_of_the_shards_are_reported_and_never_touched(kit: Kit) -> None:
+    root = Path(kit.store.root)
+    names = {"notes.txt", "tmp/report.odt", "reserve/a.txt", "nodes/b.txt", "volumes/mydata"}
+    for name in names:
+        (root / name).write_text("mine")
+    kit.create("v")
+    kit.delete("v")
+    kit.sweep_until_quiet()
+    kit.store.replenish_reserve()
+    assert {name: (root / name).read_text() for name in names} == dict.fromkeys(names, "mine")
+    found = [finding for finding in kit.check() if finding.kind == "foreign-file"]
+    assert {finding.path for finding in found} == names
+    assert {finding.severity for finding in found} == {"warning"}

@@ -1,0 +1,570 @@
+"""Operations that overtake each other, on two hosts without common locks; nodes that come back after a forced detach.
+
+Two hosts are two mounts of one directory: each has its own locks and its own cache of names and lengths, as between
+real hosts. The axes: who is stopped (create, delete, collector, stage), at which durable step, and what happens then.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from controller_kit import Kit
+from controller_kit import tools as find_qemu
+from running import MIB, Code, eventually, fails, machine_of, running
+
+from csi_quobyte.config import PoolSpec
+from csi_quobyte.engine import collector
+from csi_quobyte.errors import Busy, Refused, Unavailable
+from csi_quobyte.host import filesystem, loop
+from csi_quobyte.host.loop import LoopDevice
+from csi_quobyte.host.qsd import Daemons
+from csi_quobyte.host.staged import StagedNotes
+from csi_quobyte.operations.staging import TAG_PREFIX, Node, PublishRequest, StageRequest
+from csi_quobyte.pool import images
+from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool.pools import Pools
+from csi_quobyte.pool.records import Content, SnapshotState, VolumeRecord, VolumeState
+from csi_quobyte.pool.sizes import SizeRange
+from csi_quobyte.pool.steps import Observer
+from csi_quobyte.pool.store import Store
+from csi_quobyte.rpc.node import Fence
+from lab.client import Client
+from lab.machine import Machine, StandIn, wait_for
+
+pytestmark = pytest.mark.root
+
+T = TypeVar("T")
+DEADLINE_S = 20.0
+SIZE = SizeRange(64 * MIB)
+BLOCK: dict[str, Any] = {"size": SIZE, "access_type": "block", "filesystem": ""}
+AS_BLOCK: dict[str, Any] = {"access_type": "block", "filesystem": ""}
+
+
+class DiedError(Exception):
+    """The process of a call ends here."""
+
+
+class Gate:
+    """A durable step before which a host stops, once, until the test lets it go on."""
+
+    def __init__(self, step: str, part: str) -> None:
+        self._step = step
+        self._part = part
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, step: str, path: str) -> None:
+        if step == self._step and self._part in path and not self.reached.is_set():
+            self.reached.set()
+            if not self._open.wait(DEADLINE_S):
+                raise TimeoutError(f"nobody has opened the gate before {step} {path}")
+
+    def open(self) -> None:
+        """Let the host go on, and do not stop it any more."""
+        self._open.set()
+
+    def wait(self, future: "Future[Any]", *, or_end: bool = False) -> None:
+        """Wait until the host of this call has come here; with `or_end` it may have ended before."""
+
+        def arrived() -> bool:
+            if future.done() and not or_end:
+                raise AssertionError(f"the call did not come to {self._step} {self._part}: {future!r}")
+            return self.reached.is_set() or future.done()
+
+        wait_for(f"{self._step} {self._part}", arrived, timeout_s=DEADLINE_S)
+
+
+def dies_before(step: str, part: str) -> Observer:
+    """A process that ends before this step."""
+
+    def observe(at: str, path: str) -> None:
+        if at == step and part in path:
+            raise DiedError
+
+    return observe
+
+
+def background(work: Callable[[], T]) -> "Future[T]":
+    """Run a call of one host while the test goes on; gates have a deadline, so it ends."""
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(work)
+    executor.shutdown(wait=False)
+    return future
+
+
+# --- two hosts -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host: its mount of the pool, its operations, its node."""
+
+    name: str
+    base: Path
+    kit: Kit
+    node: Node
+    daemons: Daemons
+
+    def observed(self, observer: Observer) -> Kit:
+        """The same host with another process whose steps are observed."""
+        return Kit(Store(self.kit.store.root, observer=observer))
+
+    @property
+    def staging_path(self) -> Path:
+        return self.base / f"staging-{self.name}"
+
+    def attach(self, volume: VolumeRecord) -> int:
+        changes = AS_BLOCK if volume.access_type == "block" else {}
+        return self.kit.attach(volume.name, node=self.name, **changes).generation
+
+    def detach(self, volume: VolumeRecord) -> None:
+        self.kit.detach(volume.name, node=self.name)
+
+    def stage(self, volume: VolumeRecord, generation: int) -> Path:
+        request = StageRequest(
+            volume_id=volume.id,
+            generation=generation,
+            staging_path=str(self.staging_path),
+            access_type=volume.access_type,
+            filesystem=volume.filesystem,
+            mount_options=(),
+        )
+        self.node.stage(self.kit.store, request)
+        return self.staging_path
+
+    def unstage(self, volume: VolumeRecord, *, stale: bool = False) -> None:
+        self.node.unstage(volume.id, str(self.staging_path), stale=stale)
+
+    def find_device(self, volume: VolumeRecord) -> LoopDevice | None:
+        return loop.find(loop.tag_of(TAG_PREFIX, self.node._key(volume.id)))
+
+    def device(self, volume: VolumeRecord) -> str:
+        found = self.find_device(volume)
+        assert found is not None
+        return found.path
+
+    def daemon_pid(self, volume: VolumeRecord) -> int | None:
+        found = self.daemons.find(self.node._key(volume.id))
+        return found.pid if found else None
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Two hosts, a and b, and the machine below them."""
+
+    machine: Machine
+    a: Host
+    b: Host
+
+    def agree(self) -> None:
+        """Wait until both mounts show every record as it is: names and lengths are cached for about a second."""
+        directory = self.machine.directories["main"]
+        for path in directory.glob("*/*/*.json"):
+            for host in (self.a, self.b):
+                seen = Path(host.kit.store.root, path.relative_to(directory))
+                wait_for(f"{seen} to be shown as it is", lambda seen=seen, path=path: _same(seen, path))  # type: ignore[misc]
+
+
+def _same(seen: Path, path: Path) -> bool:
+    return seen.exists() and seen.read_bytes() == path.read_bytes()
+
+
+def host_on(machine: Machine, name: str, root: Path) -> Host:
+    qemu, state = find_qemu(), str(machine.base / f"state-{name}")
+    daemons = Daemons(qemu, state)
+    node = Node(
+        node_id=name,
+        driver_name="interleavings",
+        tools=qemu,
+        daemons=daemons,
+        notes=StagedNotes(state),
+        allow_untested_qemu=False,
+    )
+    kit = Kit(Store(str(root)))
+    kit.add_node(name)
+    return Host(name, machine.base, kit, node, daemons)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with machine_of() as machine:
+        machine.standins["b"] = StandIn(machine.directories["main"], machine.base / "b")
+        made = Hosts(
+            machine,
+            host_on(machine, "a", machine.pools["main"]),
+            host_on(machine, "b", machine.standins["b"].path),
+        )
+        yield made
+        for host in (made.a, made.b):
+            host.kit.store.close()
+
+
+# --- the collector ---------------------------------------------------------------------------------------------
+
+
+def test_a_head_survives_a_sweep_that_reads_on_both_sides_of_its_freeze(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = kit.create("v")
+    kit.write("v", 7)
+    with pytest.raises(DiedError):
+        Kit(Store(kit.store.root, observer=dies_before("link", f"{volume.id}.json.g"))).snapshot("s", of="v")
+    other = Kit(Store(kit.store.root))
+    plain = Store.snapshot_ids
+    done: list[SnapshotState] = []
+
+    def between(store: Store, **named: Any) -> Iterator[str]:
+        # the sweep has read the volume, with its old head, and now reads the snapshots
+        if store is kit.store and not done:
+            done.append(other.snapshot("s", of="v").state)
+        return plain(store, **named)
+
+    monkeypatch.setattr(Store, "snapshot_ids", between)
+    collector.sweep(kit.store)
+    assert done == [SnapshotState.READY]
+    kit.sweep_until_quiet()
+    assert kit.holds("v", 7)
+    assert kit.snapshot_holds("s", 7)
+    assert kit.errors() == []
+
+
+# --- overtaken calls -------------------------------------------------------------------------------------------
+
+
+def test_an_overtaken_create_leaves_the_finished_clone_alone(hosts: Hosts) -> None:
+    a, b = hosts.a.kit, hosts.b.kit
+    a.create("v")
+    a.write("v", 5)
+    a.snapshot("s", of="v")
+    hosts.agree()
+    gate = Gate("touch", "/c-")
+    late_kit = hosts.a.observed(gate)
+    late = background(lambda: late_kit.create("clone", source=late_kit.from_snapshot("s")))
+    gate.wait(late)
+    clone = b.create("clone", source=b.from_snapshot("s"))
+    assert clone.state is VolumeState.READY
+    b.attach("clone", node="b")
+    b.delete_snapshot("s")
+    attached = b.store.volume(clone.id)
+    hosts.agree()
+    gate.open()
+    with pytest.raises(Busy):
+        late.result(DEADLINE_S)
+    hosts.agree()
+    assert b.store.volume(clone.id) == attached
+    b.sweep_until_quiet()
+    assert b.holds("clone", 5)
+    assert b.errors() == []
+
+
+def test_an_overtaken_snapshot_leaves_the_finished_one_alone(hosts: Hosts) -> None:
+    a, b = hosts.a.kit, hosts.b.kit
+    a.create("v")
+    a.write("v", 5)
+    hosts.agree()
+    gate = Gate("touch", "/s-")
+    late_kit = hosts.a.observed(gate)
+    late = background(lambda: late_kit.snapshot("s", of="v"))
+    gate.wait(late)
+    made = b.snapshot("s", of="v")
+    b.delete("v")
+    hosts.agree()
+    gate.open()
+    with pytest.raises(Busy):
+        late.result(DEADLINE_S)
+    hosts.agree()
+    assert b.store.snapshot(made.id) == made
+    b.sweep_until_quiet()
+    assert b.snapshot_holds("s", 5)
+    assert b.errors() == []
+
+
+def test_a_snapshot_deleted_while_its_retry_runs_costs_the_volume_nothing(hosts: Hosts) -> None:
+    a, b = hosts.a.kit, hosts.b.kit
+    volume = a.create("v")
+    a.write("v", 9)
+    claim = f"{volume.id}.json.g"
+    with pytest.raises(DiedError):
+        hosts.a.observed(dies_before("link", claim)).snapshot("s", of="v")
+    overlay = a.store.snapshot(a.snapshot_id("s")).next
+    hosts.agree()
+    marking, swapping = Gate("touch", "/s-"), Gate("link", claim)
+    undoing = Gate("unlink", f"{overlay}.refs/v-")
+
+    def both(step: str, path: str) -> None:
+        marking(step, path)
+        swapping(step, path)
+
+    retry_kit, delete_kit = hosts.b.observed(both), hosts.a.observed(undoing)
+    retry = background(lambda: retry_kit.snapshot("s", of="v"))
+    marking.wait(retry)
+    delete = background(lambda: delete_kit.delete_snapshot("s"))
+    undoing.wait(delete)
+    hosts.agree()
+    marking.open()
+    swapping.wait(retry, or_end=True)
+    undoing.open()
+    delete.result(DEADLINE_S)
+    swapping.open()
+    with pytest.raises(Busy):
+        retry.result(DEADLINE_S)
+    hosts.agree()
+    assert b.store.find_snapshot(a.snapshot_id("s")) is None
+    a.sweep_until_quiet()
+    assert a.store.volume(volume.id).head == volume.head
+    assert a.holds("v", 9)
+    assert a.errors() == []
+
+
+# --- a torn read -----------------------------------------------------------------------------------------------
+
+
+def test_a_read_that_was_cut_once_does_not_delete_an_attached_volume(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = kit.create("v")
+    kit.attach("v")
+    attached = kit.store.volume(volume.id)
+    plain = store_module._read
+    cut: list[str] = []
+
+    def torn(path: str) -> bytes | None:
+        data = plain(path)
+        if data and path.endswith(f"{volume.id}.json") and not cut:
+            cut.append(path)
+            return data[:-20]
+        return data
+
+    monkeypatch.setattr(store_module, "_read", torn)
+    with pytest.raises(Busy):
+        kit.delete("v")
+    assert cut
+    assert kit.store.volume(volume.id) == attached
+    with pytest.raises(Refused):
+        kit.delete("v")
+
+
+# --- nodes and attachments -------------------------------------------------------------------------------------
+
+
+def write_device(path: str, data: bytes, offset_bytes: int) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, data, offset_bytes)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_device(path: str, length_bytes: int, offset_bytes: int) -> bytes:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(fd, length_bytes, offset_bytes)
+    finally:
+        os.close(fd)
+
+
+def test_a_daemon_of_an_earlier_attachment_is_not_used_again(hosts: Hosts) -> None:
+    a, b = hosts.a, hosts.b
+    volume = a.kit.create("v", **BLOCK)
+    first = a.attach(volume)
+    a.stage(volume, first)
+    write_device(a.device(volume), b"A" * MIB, 0)
+    old_pid = a.daemon_pid(volume)
+    a.detach(volume)  # forced: the node is not asked, its daemon lives on
+    hosts.agree()
+    b.stage(volume, b.attach(volume))
+    write_device(b.device(volume), b"B" * MIB, 4 * MIB)
+    b.unstage(volume)
+    b.detach(volume)
+    hosts.agree()
+    assert a.daemon_pid(volume) == old_pid
+    a.stage(volume, a.attach(volume))
+    assert a.daemon_pid(volume) != old_pid
+    assert read_device(a.device(volume), MIB, 4 * MIB) == b"B" * MIB
+    assert read_device(a.device(volume), MIB, 0) == b"A" * MIB
+    a.unstage(volume)
+    a.detach(volume)
+    assert hosts.machine.leftovers() == []
+    hosts.agree()
+    assert [finding for finding in a.kit.check() if finding.severity == "error"] == []
+
+
+def test_expand_under_a_gone_attachment_is_refused(hosts: Hosts) -> None:
+    a, b = hosts.a, hosts.b
+    volume = a.kit.create("v", **BLOCK)
+    generation = a.attach(volume)
+    a.stage(volume, generation)
+    target = str(hosts.machine.base / "target")
+    a.node.publish(
+        a.kit.store,
+        PublishRequest(
+            volume_id=volume.id,
+            generation=generation,
+            staging_path=str(a.staging_path),
+            target_path=target,
+            access_type="block",
+            readonly=False,
+            single_writer=False,
+        ),
+    )
+    a.detach(volume)
+    hosts.agree()
+    snapshot = b.kit.snapshot("s", of="v")
+    b.kit.expand("v", 128 * MIB)
+    hosts.agree()
+    with pytest.raises(Refused):
+        a.node.expand(a.kit.store, volume.id, target, 0)
+    assert images.virtual_size_bytes(b.kit.store, b.kit.store.layer(snapshot.layer)) == 64 * MIB
+    a.node.unpublish(volume.id, target)
+    a.unstage(volume, stale=True)
+    assert hosts.machine.leftovers() == []
+
+
+def test_a_forced_detach_ends_the_daemon_after_two_looks(hosts: Hosts) -> None:
+    a = hosts.a
+    volume = a.kit.create("v", **BLOCK)
+    a.stage(volume, a.attach(volume))
+    pools = Pools([PoolSpec("main", a.kit.store.root)], require_mount="quobyte-nosize", timeout_s=DEADLINE_S)
+    fence = Fence(a.node, pools)
+    fence.look()
+    fence.look()
+    assert a.daemon_pid(volume) is not None, "an attached volume is left alone"
+    a.detach(volume)
+    fence.look()
+    assert a.daemon_pid(volume) is not None, "one look may have seen an old record"
+    fence.look()
+    assert a.daemon_pid(volume) is None
+    a.unstage(volume, stale=True)
+    assert hosts.machine.leftovers() == []
+    assert a.node.staged_volumes() == []
+
+
+# --- content notes ---------------------------------------------------------------------------------------------
+
+
+def test_a_late_note_of_an_older_attachment_does_not_replace_a_newer_one(kit: Kit) -> None:
+    volume = kit.create("v")
+    newer = Content(state="formatted", filesystem="ext4", generation=2)
+    kit.store.put_content(volume, newer)
+    with pytest.raises(Refused):
+        kit.store.put_content(volume, Content(state="formatting", filesystem="ext4", generation=1))
+    assert kit.store.content(volume) == newer
+
+
+def test_a_formatting_note_of_another_attachment_does_not_license_mkfs(hosts: Hosts) -> None:
+    a = hosts.a
+    volume = a.kit.create("v", size=SIZE)
+    first = a.attach(volume)
+    precious = a.stage(volume, first) / "precious"
+    precious.write_text("kept")
+    a.unstage(volume)
+    a.detach(volume)
+    # what a node that hung wrote when it went on, after it had lost the race for the attachment
+    a.kit.store.put_content(volume, Content(state="formatting", filesystem="ext4", generation=first))
+    second = a.attach(volume)
+    assert second != first
+    a.stage(volume, second)
+    assert precious.read_text() == "kept"
+    assert a.kit.store.content(volume) == Content(state="formatted", filesystem="ext4", generation=second)
+    a.unstage(volume)
+    assert hosts.machine.leftovers() == []
+
+
+# --- failed stages ---------------------------------------------------------------------------------------------
+
+
+def test_a_final_error_takes_down_what_an_uncertain_attempt_has_left(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = hosts.a
+    volume = a.kit.create("v", size=SIZE)
+    generation = a.attach(volume)
+
+    def fail_with(error: Exception) -> None:
+        def make(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(filesystem, "make", make)
+
+    fail_with(Unavailable("mkfs did not end in time"))
+    with pytest.raises(Unavailable):
+        a.stage(volume, generation)
+    assert a.daemon_pid(volume) is not None, "an uncertain attempt leaves what the next one goes on with"
+    fail_with(Refused("mkfs refuses"))
+    with pytest.raises(Refused):
+        a.stage(volume, generation)
+    assert a.daemon_pid(volume) is None
+    assert hosts.machine.leftovers() == []
+    assert a.node.staged_volumes() == []
+
+
+def test_a_device_that_an_orphaned_tool_holds_is_busy(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = hosts.a
+    volume = a.kit.create("v", size=SIZE)
+    generation = a.attach(volume)
+
+    def killed(*_: object, **__: object) -> None:
+        raise Unavailable("the node is killed here, mkfs goes on")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(filesystem, "make", killed)
+        with pytest.raises(Unavailable):
+            a.stage(volume, generation)
+    held = os.open(a.device(volume), os.O_RDWR | os.O_EXCL)
+    try:
+        with pytest.raises(Busy):
+            a.stage(volume, generation)
+    finally:
+        os.close(held)
+    assert (a.stage(volume, generation) / "lost+found").is_dir()
+    a.unstage(volume)
+    assert hosts.machine.leftovers() == []
+
+
+# --- calls that were abandoned in a hung pool ------------------------------------------------------------------
+
+
+def hang_whole(standin: StandIn) -> None:
+    """Hang a pool, and wait until the kernel answers nothing from its cache any more: a call hangs at its first touch.
+
+    It hangs before it has any lock of its own then, which is what the reservations are for.
+    """
+    standin.hang()
+
+    def hangs() -> bool:
+        looking = background(lambda: os.stat(standin.path / "format.json"))
+        try:
+            looking.result(0.2)
+        except TimeoutError:
+            return True  # the thread ends with the hang
+        return False
+
+    wait_for(f"{standin.path} to hang", hangs)
+
+
+def test_what_undoes_a_call_waits_for_the_end_of_an_abandoned_one() -> None:
+    with running("--pool-timeout", "2s") as machine:
+        calls, standin = Client(machine), machine.standins["main"]
+        volume = calls.create("v", 64 * MIB).volume_id
+        context = calls.attach(volume)
+        hang_whole(standin)
+        fails(Code.UNAVAILABLE, calls.stage, volume, context)
+        fails(Code.ABORTED, calls.unstage, volume)
+        standin.resume()
+        eventually(calls.unstage, volume)
+        assert machine.leftovers() == []
+        eventually(calls.stage, volume, context)
+        hang_whole(standin)
+        fails(Code.UNAVAILABLE, calls.publish, volume, context)
+        fails(Code.ABORTED, calls.unpublish, volume)
+        standin.resume()
+        eventually(calls.unpublish, volume)
+        assert not calls.target_path(volume).exists()
+        eventually(calls.unstage, volume)
+        assert machine.leftovers() == []
+        calls.detach(volume)
+        calls.delete(volume)
