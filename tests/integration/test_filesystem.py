@@ -144,7 +144,8 @@ def test_contradicting_content_is_ambiguous_and_not_blank(directory: Path, new_d
     other = directory / "other"
     shell("mkfs.ext4", "-q", "-F", "-O", "^metadata_csum", str(other), "8M")
     write_at(device, 1024, other.read_bytes()[1024:2048])
-    assert filesystem.probe(device.path) == filesystem.AMBIGUOUS
+    # blkid says so itself up to util-linux 2.38; 2.41 finds nothing, and the bytes still speak
+    assert filesystem.probe(device.path) in (filesystem.AMBIGUOUS, None)
     assert not filesystem.is_blank(device.path)
 
 

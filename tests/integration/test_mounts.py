@@ -131,9 +131,10 @@ def test_mount_over_a_mount_is_refused(target: str) -> None:
 def test_mount_through_a_symbolic_link_is_undone(directory: Path, target: str) -> None:
     link = directory / "link"
     link.symlink_to(target)
-    with pytest.raises(Refused, match="symbolic link"):
+    # mount(8) follows the link up to util-linux 2.38, and refuses it itself from 2.41 on
+    with pytest.raises((Refused, Unavailable)):
         mount_tmpfs(str(link))
-    with pytest.raises(Refused, match="symbolic link"):
+    with pytest.raises((Refused, Unavailable)):
         mounts.bind("/etc", str(link), read_only=True)
     assert mounts.at(target) is None
 
