@@ -94,7 +94,7 @@ MADE: dict[str, Callable[[Kit], object]] = {
     "orphan-layer": leave_orphan,
     "orphan-file": lambda kit: Path(kit.store.root, "layers", "ab", "ab" + "0" * 22 + ".raw").touch(),
     "stale-claim": leave_claim,
-    "stale-temporary": lambda kit: Path(kit.store.root, "tmp", "0123456789abcdef.1").touch(),
+    "stale-temporary": lambda kit: Path(kit.store.root, "tmp", "0123456789abcdef.0123456789ab").touch(),
     "foreign-file": lambda kit: Path(kit.store.root, "layers", "00", "README").touch(),
 }
 ERRORS = {"unreadable-record", "missing-layer", "missing-image", "missing-marker"} | {
