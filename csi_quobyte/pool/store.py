@@ -672,17 +672,9 @@ class Store:
             Refused: one has.
             Corrupt: the file is missing.
         """
-        path = self.image_path(layer)
-        with translated(path):
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError as error:
-                raise Corrupt(f"layer {layer.id} has no image file {path}") from error
-            try:
-                if is_written_by_qemu(fd):
-                    raise Refused(f"a storage daemon still has {path} open for writing")
-            finally:
-                os.close(fd)
+        with self._opened_image(layer, os.O_RDONLY) as fd:
+            if is_written_by_qemu(fd):
+                raise Refused(f"a storage daemon still has {self.image_path(layer)} open for writing")
 
     def read_image(self, layer: LayerRecord, offset_bytes: int, length_bytes: int) -> bytes:
         """Give bytes of a layer's image file (not of the disk in it); fewer at its end.
@@ -690,14 +682,24 @@ class Store:
         Raises:
             Corrupt: the file is missing.
         """
+        with self._opened_image(layer, os.O_RDONLY) as fd:
+            return os.pread(fd, length_bytes, offset_bytes)
+
+    @contextmanager
+    def _opened_image(self, layer: LayerRecord, flags: int) -> Iterator[int]:
+        """Open a layer's image file; one that is missing is damage.
+
+        Raises:
+            Corrupt: the file is missing.
+        """
         path = self.image_path(layer)
         with translated(path):
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(path, flags | os.O_CLOEXEC)
             except FileNotFoundError as error:
                 raise Corrupt(f"layer {layer.id} has no image file {path}") from error
             try:
-                return os.pread(fd, length_bytes, offset_bytes)
+                yield fd
             finally:
                 os.close(fd)
 
@@ -880,18 +882,10 @@ class Store:
         Raises:
             Corrupt: the file is missing.
         """
-        path = self.image_path(layer)
-        with translated(path):
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError as error:
-                raise Corrupt(f"layer {layer.id} has no image file {path}") from error
-            try:
-                if os.fstat(fd).st_size < size_bytes:
-                    os.ftruncate(fd, size_bytes)
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
+        with self._opened_image(layer, os.O_RDWR) as fd:
+            if os.fstat(fd).st_size < size_bytes:
+                os.ftruncate(fd, size_bytes)
+                os.fsync(fd)
 
     def settle_claim(self, folder: str, shard: str, name: str) -> bool:
         """Look at a claim that was found lying about: finish or drop it once it is old enough to be a dead one's.
