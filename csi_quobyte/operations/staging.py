@@ -191,7 +191,7 @@ class Node:
         Raises:
             Refused: a pod still has the device mounted: it must go first.
         """
-        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        device = _device_of(key)
         if device is None and self._daemons.find(key) is None:
             return
         note = self._notes.find(key)
@@ -208,7 +208,7 @@ class Node:
         Raises:
             Unavailable: it cannot be taken down now: then the failure is not final yet.
         """
-        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        device = _device_of(key)
         if device and any(target != staging_path for target in _targets(device)):
             return
         try:
@@ -221,7 +221,7 @@ class Node:
 
     def _kill(self, key: str, staging_path: str) -> None:
         """Take down a device and its daemon so that nothing that they have cached is written any more."""
-        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        device = _device_of(key)
         if device:
             loop.set_read_only(device)
         daemon = self._daemons.find(key)
@@ -299,7 +299,7 @@ class Node:
         Raises:
             Refused: a pod still has it mounted: it must go first.
         """
-        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        device = _device_of(key)
         if device is None:
             return
         daemon_lives = self._daemons.find(key) is not None
@@ -367,7 +367,7 @@ class Node:
 
     def _take_down(self, key: str, staging_path: str) -> None:
         """Unmount a device at the staging path, free it and end its daemon. A foreign mount there is left alone."""
-        device = loop.find(loop.tag_of(TAG_PREFIX, key))
+        device = _device_of(key)
         mounted = mounts.at(staging_path)
         if mounted and device and mounted.major_minor == device.major_minor:
             outcome = mounts.unmount(staging_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
@@ -454,7 +454,7 @@ class Node:
         Raises:
             Refused: there is none: the volume is not staged here.
         """
-        device = loop.find(loop.tag_of(TAG_PREFIX, self._key(volume_id)))
+        device = self._find_device(volume_id)
         if device is None:
             raise Refused(f"volume {volume_id} is not staged on node {self._node_id}")
         return device
@@ -497,7 +497,7 @@ class Node:
         return daemon
 
     def _find_device(self, volume_id: str) -> LoopDevice | None:
-        return loop.find(loop.tag_of(TAG_PREFIX, self._key(volume_id)))
+        return _device_of(self._key(volume_id))
 
     def stats(self, volume_id: str, volume_path: str) -> VolumeStats:
         """Give the usage of a volume that is staged or published at a path. Does not need the pool's records.
@@ -517,7 +517,7 @@ class Node:
     def recover(self) -> None:
         """At the start: clear the devices whose daemon is gone, where no pod has them; leave all that works alone."""
         for key in self._daemons.keys():  # noqa: SIM118 - not a dict
-            device = loop.find(loop.tag_of(TAG_PREFIX, key))
+            device = _device_of(key)
             if self._daemons.find(key) is not None:
                 log.info("found the daemon of key %s running (%s)", key, device.path if device else "no device")
                 continue
@@ -581,6 +581,11 @@ class Node:
 
 
 # --- pieces without state --------------------------------------------------------------------------------------
+
+
+def _device_of(key: str) -> LoopDevice | None:
+    """Give the loop device of a volume's key, None when there is none."""
+    return loop.find(loop.tag_of(TAG_PREFIX, key))
 
 
 def is_plain_loop(volume: VolumeRecord, chain: Sequence[LayerRecord]) -> bool:

@@ -471,7 +471,7 @@ class Store:
         Raises:
             Busy: the record is no longer what was read, or another writer is in the middle of it.
         """
-        return self._commit(self._prepare(old, new, sync=True))
+        return self.commit(self._prepare(old, new, sync=True))
 
     @contextmanager
     def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
@@ -486,17 +486,7 @@ class Store:
             self._steps.discard(prepared.temporary)
 
     def commit(self, prepared: "Prepared[R]") -> R:
-        """Do the swap of a record that was prepared and that `make_layer` has made durable; see `swap`."""
-        return self._commit(prepared)
-
-    def _prepare(self, old: R, new: R, *, sync: bool) -> "Prepared[R]":
-        following = records.next_version(new, of=old)
-        temporary = self._steps.write_temporary(
-            lambda fd: write_whole(fd, records.encode(following)), reserve=self._reserve_file, sync=sync
-        )
-        return Prepared(old, following, temporary)
-
-    def _commit(self, prepared: "Prepared[R]") -> R:
+        """Do the swap of a record that was prepared and that has been made durable; see `swap`."""
         path = self._path_of(prepared.old)
         try:
             claim = self._claim(prepared.temporary, path, prepared.old)
@@ -507,6 +497,13 @@ class Store:
         except FileNotFoundError as error:
             raise Busy(f"{prepared.old.id}: this change was overtaken") from error
         return prepared.following
+
+    def _prepare(self, old: R, new: R, *, sync: bool) -> "Prepared[R]":
+        following = records.next_version(new, of=old)
+        temporary = self._steps.write_temporary(
+            lambda fd: write_whole(fd, records.encode(following)), reserve=self._reserve_file, sync=sync
+        )
+        return Prepared(old, following, temporary)
 
     def remove(self, record: records.Record) -> None:
         """Remove a record, as it was read; gone already is success. Durable on return.
