@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # The parts of `test` run one after the other, in the order of the list, also with -j.
 .NOTPARALLEL:
-.PHONY: help setup setup-demo demo test lint lint-steps format unit integration sanity bench image lock proto clean
+.PHONY: cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
 CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
@@ -46,6 +46,24 @@ integration: setup ## real qemu-img, storage daemons, loop devices, file systems
 sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 	@$(CONTAINED) 600 sanity -- $(PYTHON) tests/sanity/run.py
 
+##@ On a real Kubernetes (two nodes on this machine, without a registry; the first time builds it: 15 to 20 minutes)
+cluster-test: cluster-parts ## install the chart and follow volumes through their life, crashes and upgrades included
+	@$(CONTAINED) 3600 cluster -- tests/cluster/run.sh $(PYTHON) -m pytest --timeout 600 tests/cluster
+
+cluster-bench: cluster-parts ## figures of the same cluster, alternating with a reference driver
+	@$(CONTAINED) 3600 cluster-bench -- tests/cluster/run.sh $(PYTHON) tests/cluster/bench.py
+
+cluster-up: cluster-parts ## start it, with the driver installed, to work by hand
+	@tests/cluster/cluster.sh up
+	@tests/cluster/cluster.sh install
+	@tests/cluster/cluster.sh welcome
+
+cluster-down: ## end it
+	@tests/cluster/cluster.sh down
+
+cluster-parts:
+	@tests/tools/setup.sh cluster
+
 ##@ Measure
 bench: setup ## the table of figures in docs/measurements.md
 	@$(CONTAINED) 1800 bench -- $(PYTHON) bench/run.py
@@ -65,12 +83,18 @@ format: setup ## let ruff put the code into its form
 	@ruff check --fix-only --quiet .
 	@ruff format .
 
+docs: setup ## make docs/parameters.md again from the code
+	@$(PYTHON) tests/tools/parameters_page.py --write
+
 lint-steps:
 	@ruff check .
 	@ruff format --check .
 	@mypy
 	@MYPYPATH=deploy mypy --explicit-package-bases --package lab
-	@MYPYPATH=deploy mypy --strict --explicit-package-bases tests/tools/contained.py tests/sanity/run.py bench/run.py
+	@MYPYPATH=deploy mypy --strict --explicit-package-bases tests/tools/contained.py \
+	  tests/tools/parameters_page.py tests/sanity/run.py bench/run.py
+	@MYPYPATH=deploy:tests/tools mypy --strict --explicit-package-bases tests/cluster
+	@$(PYTHON) tests/tools/parameters_page.py --check
 	@lint-imports
 	@tests/tools/lock.sh --check
 

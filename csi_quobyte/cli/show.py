@@ -19,6 +19,7 @@ from csi_quobyte.engine.index import Index
 from csi_quobyte.errors import NotFound
 from csi_quobyte.pool.mount import RequireMount
 from csi_quobyte.pool.records import LayerRecord, SnapshotRecord, VolumeRecord, is_layer_id, parse_id, parse_marker
+from csi_quobyte.pool.sizes import human
 from csi_quobyte.pool.store import Store
 
 _WIDEST = 1000
@@ -95,16 +96,6 @@ def _print_columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 def _console() -> Console:
     """A console as wide as its terminal; in a pipe so wide that no line is ever cut."""
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDEST)
-
-
-def human(size_bytes: int) -> str:
-    """Give a size as people read it: exact in the largest binary unit that divides it well."""
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
 
 
 def _plain(value: object) -> str:

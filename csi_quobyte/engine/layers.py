@@ -105,8 +105,8 @@ def detached_volume(store: Store, volume_id: str, *, to_be: str) -> VolumeRecord
     volume = ready_volume(store, volume_id)
     if volume.attachments:
         raise Refused(
-            f"volume {volume_id} is attached to node {volume.attachments[0].node} and can be {to_be} only while it is "
-            f"detached; stop the pod that uses it and try again"
+            f"the volume is attached to node {volume.attachments[0].node} and can be {to_be} only while it is "
+            f"detached; delete the pods that use it, it is tried again by itself ({volume_id})"
         )
     return volume
 

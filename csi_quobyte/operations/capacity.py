@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from csi_quobyte.errors import Corrupt, Exhausted
 from csi_quobyte.pool.records import Preallocation
-from csi_quobyte.pool.sizes import GRANULARITY_BYTES
+from csi_quobyte.pool.sizes import GRANULARITY_BYTES, human
 from csi_quobyte.pool.store import Store
 
 _RECOUNT_AFTER_S = 60.0
@@ -78,6 +78,6 @@ def check_fits(store: Store, provisioned: Provisioned, more_bytes: int, prealloc
     left = available_bytes(store, provisioned, preallocation)
     if more_bytes > left:
         raise Exhausted(
-            f"{more_bytes} bytes are asked for and {left} bytes are left to provision in the pool "
-            f"(see its settings reservedPercentage and maxOverSubscription)"
+            f"{human(more_bytes)} are asked for and {human(left)} are left; delete volumes or snapshots, enlarge the "
+            f"Quobyte volume, or change reservedPercentage or maxOverSubscription in the pool's format.json"
         )

@@ -26,7 +26,7 @@ def check_mount(path: str, require: RequireMount) -> None:
     # a later line of the mount table covers an earlier one of the same place
     here = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint == os.path.normpath(path)]
     if not here:
-        raise Unavailable(f"{path} is not a mount point: is the Quobyte volume mounted there?")
+        raise Unavailable(f"{path} is not a mount point; mount the Quobyte volume there on every host of the cluster")
     mount = here[-1]
     if not (mount.device.startswith("quobyte@") or mount.fstype == "fuse.quobyte"):
         raise Unavailable(f"{path} is mounted from {mount.device} with type {mount.fstype}, which is not Quobyte")

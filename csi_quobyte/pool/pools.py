@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from csi_quobyte import telemetry
 from csi_quobyte.config import PoolSpec
-from csi_quobyte.errors import Corrupt, DriverError, InvalidArgument, NotFound, Unavailable
+from csi_quobyte.errors import Corrupt, DriverError, Exhausted, InvalidArgument, NotFound, Unavailable
 from csi_quobyte.pool.executor import Executor
 from csi_quobyte.pool.mount import RequireMount, check_mount
 from csi_quobyte.pool.records import parse_id
@@ -60,8 +60,20 @@ class Pool:
         Raises:
             Unavailable: the pool is not mounted or not answering within the time limit; in the latter case the work
                 may still be going on.
+            Exhausted: from `work`, with the pool's name.
         """
-        return self._executor.run(lambda: work(self.open()), finished=finished)
+        return self._executor.run(lambda: self._do(work), finished=finished)
+
+    def _do(self, work: Callable[[Store], T]) -> T:
+        """Do `work`; which pool is not there, or is full, is known here only."""
+        try:
+            store = self.open()
+        except Unavailable as error:
+            raise Unavailable(f"pool {self.name}: {error}") from error
+        try:
+            return work(store)
+        except Exhausted as error:
+            raise Exhausted(f"pool {self.name}: {error}") from error
 
     def open(self) -> Store:
         """Give the open store, opening it (again) when needed. May hang: use `run` unless on a thread of your own.

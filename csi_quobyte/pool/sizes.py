@@ -13,6 +13,16 @@ DEFAULT_SIZE_BYTES = GIB
 MAXIMUM_SIZE_BYTES = 64 * TIB
 
 
+def human(size_bytes: int) -> str:
+    """Give a size as people read it, in four digits at most."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
 def round_up(size_bytes: int) -> int:
     """Give the least size that images can have and that is not below `size_bytes`."""
     return -(-size_bytes // GRANULARITY_BYTES) * GRANULARITY_BYTES

@@ -176,7 +176,10 @@ def create_request(
 
 def _filesystem(checked: Iterable[Capability], given: parameters.VolumeParameters) -> str:
     """Give the file system that a request names, in a capability or as a parameter; empty when it names none."""
-    named = next((one.filesystem for one in checked if one.filesystem), "") or given.filesystem
+    asked = next((one.filesystem for one in checked if one.filesystem), "")
+    if asked and given.filesystem and asked != given.filesystem:
+        raise InvalidArgument(f"the capability names file system {asked}, the parameter {given.filesystem}")
+    named = asked or given.filesystem
     if named and named not in SUPPORTED:
         raise InvalidArgument(f"file system {named!r} is not supported; supported: {', '.join(SUPPORTED)}")
     return named

@@ -24,22 +24,29 @@ class Parameter:
 
 VOLUME_PARAMETERS = (
     Parameter("pool", (), "the only pool", "Name of the pool (`--pool NAME=PATH`); needed when there are several."),
-    Parameter("volumeFormat", ("qcow2", "raw"), "qcow2", "Format of a new volume's image file."),
+    Parameter(
+        "volumeFormat",
+        ("qcow2", "raw"),
+        "qcow2",
+        "Format of a blank volume's image file. What lies on a source or on a snapshot is always qcow2.",
+    ),
     Parameter(
         "preallocation",
         ("off", "metadata", "falloc"),
         "off",
-        "Space taken at once: nothing, qcow2's mapping tables, or all of it. raw: off, falloc; with a source only off.",
+        "Space taken at once. off: none; metadata (qcow2 only): that of the mapping tables; falloc: all of it. "
+        "With a source only off is possible.",
     ),
     Parameter(
         "dataPath",
         ("auto", "fuse", "loop"),
         "auto",
-        "How the image becomes a block device. auto and fuse: a storage daemon under a loop device; "
-        "loop (raw only): the kernel's loop device on the file itself.",
+        "How the image becomes a block device. auto and fuse: a storage daemon under a loop device. loop (raw only): "
+        "the kernel's loop device on the file itself, while the volume is a single image: without a source, and no "
+        "snapshot was taken. Otherwise as fuse.",
     ),
-    Parameter("mkfsOptions", (), "", "Further options for mkfs, from an allow-list."),
-    Parameter(FSTYPE, ("ext4", "xfs"), "ext4", "File system of the volume."),
+    Parameter("mkfsOptions", (), "", "Further options for mkfs, from the allow-list of the file system."),
+    Parameter(FSTYPE, ("ext4", "xfs"), "ext4", "File system of the volume. One with a source has the source's."),
 )
 RESERVED_VOLUME_PARAMETERS = ("cloneMode", "sourceImage", "crashPolicy", "onDelete", "evictOnFailure")
 SNAPSHOT_PARAMETERS: tuple[Parameter, ...] = ()
@@ -114,7 +121,9 @@ def _check_keys(given: Mapping[str, str], known: tuple[Parameter, ...], reserved
     names = [parameter.name for parameter in known if not parameter.name.startswith(KUBERNETES_PREFIX)]
     for key in given:
         if key in reserved:
-            raise InvalidArgument(f"the parameter {key} is reserved for a later version; known: {', '.join(names)}")
+            raise InvalidArgument(
+                f"the parameter {key} is reserved for a later version; known: {', '.join(names) or 'none'}"
+            )
         if key not in names and not key.startswith(KUBERNETES_PREFIX):
             raise InvalidArgument(f"unknown parameter {key!r}; known: {', '.join(names) or 'none'}")
 

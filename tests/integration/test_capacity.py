@@ -14,7 +14,7 @@ from csi_quobyte.operations.capacity import Provisioned, available_bytes
 from csi_quobyte.pool import records
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import PoolSettings
-from csi_quobyte.pool.sizes import GIB, MIB, SizeRange
+from csi_quobyte.pool.sizes import GIB, MIB, SizeRange, human
 from csi_quobyte.pool.store import Store
 
 Spaced = Callable[..., Kit]
@@ -64,7 +64,7 @@ def test_create_accepts_exactly_what_capacity_says(spaced: Spaced, available: in
     kit = spaced(GIB, available, over=3.0)
     left = available_bytes(kit.store, kit.provisioned, "off")
     before = tree(kit.store.root)
-    with pytest.raises(Exhausted, match=f"{left} bytes are left"):
+    with pytest.raises(Exhausted, match=f"{human(left)} are left"):
         kit.create("v", size=SizeRange(left + MIB))
     assert tree(kit.store.root) == before
     assert kit.create("v", size=SizeRange(left)).size_bytes == left

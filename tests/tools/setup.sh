@@ -4,8 +4,10 @@
 #   venv             Python packages of the locks (hashes checked) and this tree, editable
 #   qemu             QEMU of Debian trixie, which need not be this machine's release
 #   go, bin          for `test`: a Go if the machine has none that is new enough, csi-sanity, and helm for the chart
+#   cluster          for `cluster`: Kubernetes and the CSI sidecars, built from source, and images of them
+#   images           for `cluster`: the driver's image
 #
-# Usage: setup.sh [demo|test]     (default test, which includes demo)
+# Usage: setup.sh [demo|test|cluster]     (default test; test includes demo, cluster includes test)
 #
 # What is there already is not done again: a stamp, written as the last act of a step, holds a hash of what the step
 # was made from. So an interrupted run leaves no stamp and the next one repeats that step. One run at a time.
@@ -15,8 +17,10 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 export CSI_QUOBYTE_CACHE="${CSI_QUOBYTE_CACHE:-/var/cache/csi-quobyte}"
 cache="$CSI_QUOBYTE_CACHE"
-readonly packages=(python3 python3-venv bindfs fuse3 xfsprogs e2fsprogs util-linux mount kmod mmdebstrap ca-certificates git make)
+packages=(python3 python3-venv bindfs fuse3 xfsprogs e2fsprogs util-linux mount kmod mmdebstrap ca-certificates git make)
 readonly test_packages=(fio)
+readonly cluster_packages=(runc buildah containernetworking-plugins iptables nftables ipset conntrack socat ethtool iproute2
+  busybox-static openssl procps uidmap)
 readonly sanity_version="v5.6.0"
 
 die() {
@@ -143,10 +147,22 @@ chart_tools() {
   done_text="helm and kubeconform are there"
 }
 
+# These two print a line for each thing that they make.
+cluster_components() {
+  "$root/tests/cluster/components.sh"
+  done_text="every program is there"
+}
+
+cluster_images() {
+  "$root/deploy/lab/image.sh"
+  "$root/tests/cluster/images.sh"
+  done_text="every image is there"
+}
+
 profile="${1:-test}"
 case "$profile $#" in
-  "demo 1" | "test 1" | "test 0") ;;
-  *) printf 'usage: setup.sh [demo|test]\n' >&2; exit 2 ;;
+  "demo 1" | "test 1" | "test 0" | "cluster 1") ;;
+  *) printf 'usage: setup.sh [demo|test|cluster]\n' >&2; exit 2 ;;
 esac
 [[ "$(id -u)" == 0 ]] || die "must run as root: it installs Debian packages, and the driver mounts file systems"
 command -v apt-get dpkg-query >/dev/null || die "made for Debian 12 and 13 (no apt-get here)"
@@ -162,16 +178,18 @@ if ! flock -n "$lock"; then
   flock -w 1800 "$lock" || die "the other setup has not ended"
 fi
 
-if [[ "$profile" == demo ]]; then
-  step packages debian_packages "${packages[@]}"
-else
-  step packages debian_packages "${packages[@]}" "${test_packages[@]}"
-fi
+case "$profile" in
+  test) packages+=("${test_packages[@]}") ;;
+  cluster) packages+=("${test_packages[@]}" "${cluster_packages[@]}") ;;
+esac
+step packages debian_packages "${packages[@]}"
 step python python_packages
 step csi-quobyte this_package
 step qemu qemu
-if [[ "$profile" == test ]]; then
-  step go go_toolchain
-  step csi-sanity csi_sanity
-  step chart chart_tools
-fi
+[[ "$profile" != demo ]] || exit 0
+step go go_toolchain
+step csi-sanity csi_sanity
+step chart chart_tools
+[[ "$profile" == cluster ]] || exit 0
+step components cluster_components
+step images cluster_images
