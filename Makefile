@@ -51,7 +51,7 @@ cluster-test: cluster-parts ## install the chart and follow volumes through thei
 	@$(CONTAINED) 3600 cluster -- tests/cluster/run.sh $(PYTHON) -m pytest --timeout 600 tests/cluster
 
 cluster-bench: cluster-parts ## figures of the same cluster, alternating with a reference driver
-	@$(CONTAINED) 3600 cluster-bench -- tests/cluster/run.sh $(PYTHON) tests/cluster/bench.py
+	@$(CONTAINED) 3600 cluster-bench -- tests/cluster/run.sh $(PYTHON) -m tests.cluster.bench --images $(CSI_QUOBYTE_CACHE)/cluster/images
 
 cluster-up: cluster-parts ## start it, with the driver installed, to work by hand
 	@tests/cluster/cluster.sh up

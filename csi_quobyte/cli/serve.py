@@ -150,11 +150,14 @@ def _keep_node_record(pool: Pool, node_id: str) -> None:
     """Write this node's record into a pool as soon as it is mounted: without it nothing can be attached here."""
     record = NodeRecord(id=node_id, driver_version=__version__, started_at=records.now())
     waiter = threading.Event()
+    said = ""
     while True:
         try:
             pool.open().put_node(record)
         except DriverError as error:
-            log.warning("the node's record cannot be written to pool %s yet: %s", pool.name, error)
+            if str(error) != said:  # not every ten seconds
+                log.warning("the node's record cannot be written to pool %s yet: %s", pool.name, error)
+            said = str(error)
             waiter.wait(RETRY_POOL_S)
         else:
             return

@@ -63,6 +63,7 @@ class Collector:
         self._pool = pool
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._said = ""
         self._thread = threading.Thread(target=self._run, name=f"collector-{pool.name}", daemon=True)
 
     def start(self) -> None:
@@ -107,7 +108,14 @@ class Collector:
             log.info("collector of pool %s: %s", self._pool.name, error)
         except DriverError as error:
             telemetry.COLLECTOR_FAILURES.labels(self._pool.name).inc()
-            log.warning("collector of pool %s: %s", self._pool.name, error)
+            # a pool that is not mounted is said once, not every quarter of a minute
+            log.log(
+                logging.DEBUG if str(error) == self._said else logging.WARNING,
+                "collector of pool %s: %s",
+                self._pool.name,
+                error,
+            )
+            self._said = str(error)
         except Exception:  # the thread must live on; the counter and the traceback tell of the bug
             telemetry.COLLECTOR_FAILURES.labels(self._pool.name).inc()
             log.exception("collector of pool %s", self._pool.name)

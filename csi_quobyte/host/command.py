@@ -1,16 +1,17 @@
 """Run the machine's commands: the only module of the driver that starts a process.
 
 Owns: the environment of every child, its time and resource limits, the kill of its process group, the supervision
-of daemons that outlive us, and the guard against pids that were used again.
+of daemons that outlive us, the end of children that must not, and the guard against pids that were used again.
 Hides: pipes, pidfds, sessions, `prlimit`, /proc.
 
 What always holds:
 - A command is a list of arguments, never text for a shell, and nothing secret is ever an argument or an environment
   variable: both are readable by every process of the machine, and both may appear in an error message.
 - A call returns within its time limit plus about a second, also when the child hangs in the kernel (state D).
-- Children run in their own session, with cwd "/", LC_ALL=C and PATH as their whole environment; paths in an
-  argument list must therefore be absolute.
+- Children run in their own session, with cwd "/", LC_ALL=C and PATH (and what limits need) as their whole
+  environment; paths in an argument list must therefore be absolute.
 - No zombie is left while this process lives.
+- A child of `run` may go on when this process is killed; one of `spawn_detached` does, one of `tied` cannot.
 - After `isolate`, starting a command never touches a file that other threads have open. Without it, a child closes its
   copies of all of them before it executes anything, and closing a file of a hung FUSE mount waits for that mount: one
   hung pool would keep every command from starting (measured; the parent waits in vfork, beyond any time limit).
@@ -31,6 +32,7 @@ import os
 import select
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -82,13 +84,28 @@ shift 3
 exec "$@" >&2
 """
 
+# PR_SET_PDEATHSIG, which setpriv(1) has set before this runs, says nothing about a parent that died before that.
+_TIED = '[ "$PPID" = "$1" ] || exit 125; shift; exec "$@"'
 
 _SYS_CLOSE_RANGE = 436  # the same on every architecture
 _CLOSE_RANGE_UNSHARE = 2  # linux/close_range.h
 _ISOLATED_THREADS = 32
 
+
+@dataclass(frozen=True)
+class _Isolation:
+    """Threads with file descriptor tables of their own, and a way to give them descriptors of ours."""
+
+    executor: ThreadPoolExecutor
+    here: socket.socket
+    there: socket.socket
+    """The two ends of one connection; open in all tables, because they are older than these."""
+    sending: threading.Lock
+    """Held from sending descriptors until they are received, so that nobody receives another's."""
+
+
 # The one mutable thing here: a property of the whole process, set once at its start.
-_isolated: ThreadPoolExecutor | None = None
+_isolated: _Isolation | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +180,7 @@ def isolate() -> None:
     global _isolated
     if _isolated is not None:
         return
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # All threads now: one that is started later would copy the table as it is then.
     started = threading.Barrier(_ISOLATED_THREADS + 1)
     executor = ThreadPoolExecutor(_ISOLATED_THREADS, thread_name_prefix="command")
@@ -170,7 +188,7 @@ def isolate() -> None:
     started.wait()
     for future in futures:
         future.result()
-    _isolated = executor
+    _isolated = _Isolation(executor, here, there, threading.Lock())
 
 
 def _own_file_table(started: threading.Barrier) -> None:
@@ -188,7 +206,26 @@ def _isolated_call(work: Callable[[], _T]) -> _T:
     """Do `work` on a thread with its own file table, if there are such; a command's time limit bounds it."""
     if _isolated is None:
         return work()
-    return _isolated.submit(contextvars.copy_context().run, work).result()
+    return _isolated.executor.submit(contextvars.copy_context().run, work).result()
+
+
+def _isolated_start(fds: Sequence[int], start: Callable[[Sequence[int]], _T]) -> _T:
+    """Start a process on a thread with its own file table, if there are such, where `fds` may have other numbers."""
+    if _isolated is None:
+        return start(fds)
+    isolation = _isolated
+
+    def receive_and_start() -> _T:
+        _, received, _, _ = socket.recv_fds(isolation.there, 1, len(fds))
+        try:
+            return start(received)
+        finally:
+            for fd in received:
+                os.close(fd)
+
+    with isolation.sending:
+        socket.send_fds(isolation.here, [b"\0"], fds)
+        return isolation.executor.submit(contextvars.copy_context().run, receive_and_start).result()
 
 
 def run(
@@ -225,7 +262,8 @@ def _run(
 ) -> Completed:
     full_argv = [*_limit_prefix(limits), *argv]
     with _input_file(input) as stdin:
-        process = _start(argv, full_argv, stdin, subprocess.PIPE, subprocess.PIPE, env_extra)
+        extra = {**_limit_environment(limits), **(env_extra or {})}
+        process = _start(argv, full_argv, stdin, subprocess.PIPE, subprocess.PIPE, extra)
     try:
         stdout, stderr = _collect(process, argv, timeout_s)
     except BaseException:
@@ -286,6 +324,78 @@ def _spawn_detached(
         _close_pipes(process)
     _reap_in_background(process)
     return detached
+
+
+class Tied:
+    """A child that ends with the block that started it, and with this process; see `tied`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], pidfd: int, stdout: int, stderr: int) -> None:
+        self._process = process
+        self._pidfd = pidfd
+        self._stdout = stdout
+        self._stderr = stderr
+        self._stderr_text = ""
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for its end and return its status (128 + n for signal n); None if it still runs after `timeout_s`."""
+        if self._process.returncode is None and not _readable_within(self._pidfd, timeout_s):
+            return None
+        return _shell_status(self._process.wait())
+
+    def send_signal(self, signal_number: signal.Signals) -> None:
+        """Signal the child; one that has ended gets nothing."""
+        self._process.send_signal(signal_number)
+
+    def read_stdout(self) -> str:
+        """Return what there is on its stdout since the last call, at most 64 KiB; nothing is waited for."""
+        return _text(_read_now(self._stdout))
+
+    def stderr_tail(self) -> str:
+        """Return the last 2000 characters that it has written to stderr."""
+        self._stderr_text = (self._stderr_text + _text(_read_now(self._stderr)))[-_STDERR_TAIL_CHARS:]
+        return self._stderr_text
+
+    def activity(self) -> str:
+        """Return something that is another whenever the child has read, written or computed since; empty at its end."""
+        # proc(5): utime and stime are fields 14 and 15 of stat.
+        fields = _read_or_empty(f"/proc/{self.pid}/stat").rpartition(") ")[2].split()
+        return f"{' '.join(fields[11:13])} {_read_or_empty(f'/proc/{self.pid}/io')}"
+
+
+@contextlib.contextmanager
+def tied(argv: Sequence[str], *, stdin: int | None = None, limits: Limits | None = None) -> Iterator[Tied]:
+    """Start a child that is killed when the block is left, with its process group, or when this process dies, however.
+
+    The thread that enters the block has to stay in it: the kernel ties a child to the thread that started it. It does
+    not tie the child's own children, nor a program that gives itself other credentials (prctl(2), PR_SET_PDEATHSIG).
+    stdin is a copy of that descriptor, or empty. The child never waits for somebody to read its stdout or stderr: what
+    does not fit into a pipe is lost.
+
+    Raises:
+        CommandFailed: it could not be started (status 127).
+    """
+    full_argv = ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", _TIED, "sh", str(os.getpid())]
+    full_argv += [*_limit_prefix(limits), *argv]
+
+    def start(fds: Sequence[int]) -> subprocess.Popen[bytes]:
+        child_stdin = fds[2] if len(fds) > 2 else subprocess.DEVNULL
+        return _start(argv, full_argv, child_stdin, fds[0], fds[1], _limit_environment(limits))
+
+    with _nonblocking_pipe() as (stdout, stdout_end), _nonblocking_pipe() as (stderr, stderr_end):
+        ends = [stdout_end.fileno(), stderr_end.fileno()]
+        process = _isolated_start(ends if stdin is None else [*ends, stdin], start)
+        try:
+            stdout_end.close()
+            stderr_end.close()
+            with _opened(os.pidfd_open(process.pid)) as pidfd:
+                yield Tied(process, pidfd, stdout, stderr)
+        finally:
+            _kill_group(process)
 
 
 def find_detached(pid_path: str) -> Detached | None:
@@ -359,6 +469,12 @@ def _limit_prefix(limits: Limits | None) -> list[str]:
         # At a hard limit the kernel sends SIGKILL, which would look like the work of the OOM killer.
         prefix.append(f"--cpu={limits.cpu_s}:{limits.cpu_s + 1}")
     return [*prefix, "--"]
+
+
+def _limit_environment(limits: Limits | None) -> dict[str, str]:
+    # glibc reserves 64 MiB of address space for each thread that allocates. With a limit of 1 GiB, 2 of 60 copies by
+    # qemu-img, which has up to 64 threads, ended with "qemu_thread_create: Resource temporarily unavailable".
+    return {} if limits is None or limits.address_space_bytes is None else {"MALLOC_ARENA_MAX": "1"}
 
 
 def _environment(env_extra: Mapping[str, str] | None) -> dict[str, str]:
@@ -484,6 +600,22 @@ def _close_pipes(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdout, process.stderr):
         if pipe is not None:
             pipe.close()
+
+
+@contextlib.contextmanager
+def _nonblocking_pipe() -> Iterator[tuple[int, IO[bytes]]]:
+    """Give the two ends, to read and to write, of a pipe of which neither waits."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    with _opened(read_end), os.fdopen(write_end, "wb", buffering=0) as writer:
+        yield read_end, writer
+
+
+def _read_now(fd: int) -> bytes:
+    """Read what a non-blocking pipe holds, at most _READ_BYTES."""
+    try:
+        return os.read(fd, _READ_BYTES)
+    except BlockingIOError:
+        return b""
 
 
 @contextlib.contextmanager

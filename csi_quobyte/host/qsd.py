@@ -1,11 +1,12 @@
-"""One qemu-storage-daemon for each staged volume, behind calls that block and have time limits.
+"""One qemu-storage-daemon for each staged volume, and private ones, behind calls that block and have time limits.
 
 Owns: starting, finding and ending daemons; their state directories; the nodes and the export inside them.
 Hides: QMP and asyncio, node names, the order in which nodes are added, exit statuses.
 
 What always holds:
 - A daemon outlives the process that started it, and any later process finds it again. The state directory is a hint;
-  what counts is the process and what it answers over QMP.
+  what counts is the process and what it answers over QMP. Only a private one (`private_daemon`) is the contrary: no
+  state directory, no export, and it ends with the process that started it.
 - Every node is named and given its driver, its file and its parent by us; strings in images are never followed.
 - A monitor serves one client at a time. So a session lasts one operation: nothing has to be restored after a restart
   of either side, and a process that hangs keeps nobody out for ever. An operation waits for the one before it.
@@ -30,6 +31,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import struct
 import threading
 import time
@@ -60,16 +62,27 @@ _UNMOUNT_TIMEOUT_S = 5.0
 _STAT_TIMEOUT_S = 5.0
 _READY_POLL_S = 0.005
 
+_TICK_S = 0.1
+
 _KEY_LENGTH = 24
 _SOCKET_PATH_MAX_BYTES = 107  # sun_path has 108 with the final zero byte (unix(7))
+_PRIVATE = "(private)"
+_FORMAT_PREFIX = "l-"
 _IOTHREAD = "io0"
 # Whether an export is writable cannot be asked over QMP, so its id tells.
 _EXPORT_IDS = {True: "export", False: "export-ro"}
+
+# A job walks through the chain once: 1 MiB are the mapping tables of 8 GiB. QEMU's default is up to 32 MiB for each
+# layer, which is more memory than a controller has when 64 large ones are open.
+_JOB_L2_CACHE_BYTES = 1 << 20
 
 # QEMU's image locks are OFD locks on these bytes of the file (block/file-posix.c, RAW_LOCK_PERM_BASE and
 # RAW_LOCK_SHARED_BASE): one byte for each permission taken, one for each not shared.
 _LOCK_BYTES_START = 100
 _LOCK_BYTES_LENGTH = 200
+# Those that keep an image from being read: write and resize (bits 1 and 3, include/block/block-common.h) taken, or
+# consistent read (bit 0) not shared.
+_LOCKS_AGAINST_READING = (101, 103, 200)
 _FLOCK = "hhqqi4x"  # struct flock of fcntl(2) on 64-bit Linux
 
 _T = TypeVar("_T")
@@ -394,6 +407,133 @@ class Daemon:
             return asyncio.run(_session(self.key, f"{self._directory}/qmp", limit_s, conversation))
 
 
+@dataclass(frozen=True)
+class OpenLayer:
+    """A layer as a private daemon has it open now."""
+
+    size_bytes: int
+    """The virtual size."""
+    read_only: bool
+
+
+class PrivateDaemon:
+    """The storage daemon of one piece of work; get it from `private_daemon`.
+
+    Any method may raise Unavailable (the daemon has ended, does not answer in time, or refuses a command), and what
+    `tick` raises. After any of that the only thing to do with it is to end it.
+    """
+
+    def __init__(
+        self, child: command.Tied, runner: asyncio.Runner, monitor: "_Monitor", tick: Callable[[], None]
+    ) -> None:
+        self._child = child
+        self._runner = runner
+        self._monitor = monitor
+        self._tick = tick
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._child.pid
+
+    def open(self, layers: Sequence[ImageLayer]) -> None:
+        """Open exactly this chain, base first, the last layer for writing: nobody else can open that one then.
+
+        Raises:
+            Corrupt: a layer's image must not be opened (`qemu_img.check_features`), or the layers are no chain.
+            Unavailable: also when another process has an image open; the message says so.
+        """
+        _check_chain(layers)
+        for layer in layers:
+            qemu_img.check_features(layer.path, layer.format)
+        self._converse(lambda monitor: _open(monitor, _PRIVATE, layers, False, l2_cache_bytes=_JOB_L2_CACHE_BYTES))
+
+    def layers(self) -> Mapping[str, OpenLayer]:
+        """Return what is open, by the id of the layer."""
+        return {
+            name.removeprefix(_FORMAT_PREFIX): OpenLayer(node["image"]["virtual-size"], node["ro"])
+            for name, node in self._converse(_query_nodes).items()
+            if name.startswith(_FORMAT_PREFIX)
+        }
+
+    def execute(self, name: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Execute a QMP command and return its value."""
+        return self._converse(lambda monitor: monitor.execute(name, arguments))
+
+    def flush(self) -> None:
+        """Flush all layers that are writable now, durably; there must be no jobs, also no ended ones.
+
+        Raises:
+            Unavailable: the flush failed: what was not durable before may be lost.
+        """
+        self._converse(_flush)
+
+    def end(self, timeout_s: float, *, quietly: bool = False) -> None:
+        """End the daemon in order: it cancels its jobs, writes its caches and exits. With `quietly` without `tick`.
+
+        Raises:
+            Unavailable: it did not end within `timeout_s`, or with another status than 0: something may be lost.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._child.send_signal(signal.SIGTERM)
+        while (status := self._child.wait(min(_TICK_S, max(0.0, deadline - time.monotonic())))) is None:
+            if time.monotonic() > deadline:
+                raise Unavailable(f"storage daemon {_PRIVATE} did not end within {timeout_s:.1f} s")
+            if not quietly:
+                self._tick()
+        if status != 0:
+            raise Unavailable(f"storage daemon {_PRIVATE} ended with status {status}: {self._child.stderr_tail()}")
+
+    def _converse(self, conversation: "Callable[[_Monitor], Awaitable[_T]]") -> _T:
+        return self._runner.run(_ticking(_explaining(self._child, conversation(self._monitor)), self._tick))
+
+
+@contextlib.contextmanager
+def private_daemon(tools: QemuTools, *, tick: Callable[[], None], answer_timeout_s: float) -> Iterator[PrivateDaemon]:
+    """Start a storage daemon for one piece of work on this thread; it is killed when the block is left.
+
+    It dies with this process, whatever ends that, and it needs no file or directory: its monitor is an inherited
+    socket. Nobody else can find it or talk to it. `tick` is called every 100 ms while the daemon is waited for; what
+    it raises ends the wait. Each QMP command may take `answer_timeout_s`.
+
+    Raises:
+        Unavailable: it cannot be started, or does not answer in time.
+    """
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    argv = [tools.storage_daemon, "--chardev", "socket,id=qmp,fd=0", "--monitor", "chardev=qmp"]
+    with ours, theirs, command.tied(argv, stdin=theirs.fileno()) as child, asyncio.Runner() as runner:
+        theirs.close()  # so that the end of the daemon is the end of the session
+        client = runner.run(_ticking(_explaining(child, _connect(_PRIVATE, ours, answer_timeout_s)), tick))
+        try:
+            yield PrivateDaemon(child, runner, _Monitor(_PRIVATE, client, answer_timeout_s), tick)
+        finally:
+            child.send_signal(signal.SIGKILL)  # first: a session with a dead daemon ends at once
+            runner.run(_disconnect(_PRIVATE, client, _HEALTH_TIMEOUT_S))
+
+
+async def _explaining(child: command.Tied, work: Awaitable[_T]) -> _T:
+    """Await `work`, and add to its failure what has become of the daemon."""
+    try:
+        return await work
+    except Unavailable as error:
+        status = child.wait(_TICK_S)  # the end of a session shows a moment before the end of the process
+        fate = "it still runs" if status is None else f"it has ended with status {status}"
+        said = child.stderr_tail().strip() or "(nothing)"
+        raise Unavailable(f"{error}; {fate}; its log ends with: {said}") from error
+
+
+async def _ticking(work: Awaitable[_T], tick: Callable[[], None]) -> _T:
+    """Await `work` and call `tick` meanwhile; what that raises abandons the work."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_TICK_S))[0]:
+            tick()
+    finally:
+        task.cancel()
+    return task.result()
+
+
 class _Monitor:
     """An open QMP session."""
 
@@ -421,22 +561,31 @@ class _Monitor:
 async def _session(
     key: str, socket_path: str, timeout_s: float, conversation: Callable[[_Monitor], Awaitable[_T]]
 ) -> _T:
+    client = await _connect(key, socket_path, timeout_s)
+    try:
+        return await conversation(_Monitor(key, client, timeout_s))
+    finally:
+        await _disconnect(key, client, timeout_s)
+
+
+async def _connect(key: str, address: str | socket.socket, timeout_s: float) -> QMPClient:
     client = QMPClient(key)
     client.logger = _library_log
     try:
-        await asyncio.wait_for(client.connect(socket_path), timeout_s)
+        await asyncio.wait_for(client.connect(address), timeout_s)
     except TimeoutError as error:
         raise Unavailable(f"storage daemon {key}: no greeting within {timeout_s:.1f} s") from error
     except (QMPError, OSError, EOFError) as error:
         raise Unavailable(f"storage daemon {key}: cannot connect to its monitor: {error}") from error
+    return client
+
+
+async def _disconnect(key: str, client: QMPClient, timeout_s: float) -> None:
     try:
-        return await conversation(_Monitor(key, client, timeout_s))
-    finally:
-        try:
-            await asyncio.wait_for(client.disconnect(), timeout_s)
-        except (TimeoutError, QMPError, OSError, EOFError) as error:
-            # What the conversation found out stands; the daemon sees the end of this connection in any case.
-            _log.debug("storage daemon %s: session did not end in order: %s", key, error)
+        await asyncio.wait_for(client.disconnect(), timeout_s)
+    except (TimeoutError, QMPError, OSError, EOFError) as error:
+        # What the conversation found out stands; the daemon sees the end of this connection in any case.
+        _log.debug("storage daemon %s: session did not end in order: %s", key, error)
 
 
 async def _query_nodes(monitor: _Monitor) -> Mapping[str, Mapping[str, Any]]:
@@ -473,7 +622,14 @@ async def _open_nodes(monitor: _Monitor) -> dict[str, _Node]:
     }
 
 
-async def _open(monitor: _Monitor, key: str, layers: Sequence[ImageLayer], read_only: bool) -> None:
+async def _open(
+    monitor: _Monitor,
+    key: str,
+    layers: Sequence[ImageLayer],
+    read_only: bool,
+    *,
+    l2_cache_bytes: int | None = None,
+) -> None:
     wanted = _wanted_nodes(layers, read_only)
     present = await _open_nodes(monitor)
     done = len(present)
@@ -484,7 +640,7 @@ async def _open(monitor: _Monitor, key: str, layers: Sequence[ImageLayer], read_
         raise Corrupt(
             f"storage daemon {key} has {_described(list(present.values()))} open, but wanted is {_described(wanted)}"
         )
-    options = _node_options(layers, read_only)
+    options = _node_options(layers, read_only, l2_cache_bytes)
     added: list[str] = []
     for node in wanted[done:]:
         try:
@@ -598,8 +754,13 @@ def _daemon_argv(tools: QemuTools, socket_path: str) -> list[str]:
     ]
 
 
+def node_name(layer: ImageLayer) -> str:
+    """Return the name of the format node of a layer, in every daemon that has it open."""
+    return f"{_FORMAT_PREFIX}{layer.id}"
+
+
 def _node_names(layer: ImageLayer) -> tuple[str, str]:
-    return f"f-{layer.id}", f"l-{layer.id}"
+    return f"f-{layer.id}", node_name(layer)
 
 
 def _wanted_nodes(layers: Sequence[ImageLayer], read_only: bool) -> list[_Node]:
@@ -615,15 +776,18 @@ def _wanted_nodes(layers: Sequence[ImageLayer], read_only: bool) -> list[_Node]:
     return nodes
 
 
-def _node_options(layers: Sequence[ImageLayer], read_only: bool) -> dict[str, Mapping[str, object]]:
-    """Return the arguments of blockdev-add for each node, by its name."""
+def _node_options(
+    layers: Sequence[ImageLayer], read_only: bool, l2_cache_bytes: int | None
+) -> dict[str, Mapping[str, object]]:
+    """Return the arguments of blockdev-add for each node, by its name; None leaves the size of caches to QEMU."""
     options: dict[str, Mapping[str, object]] = {}
     for node in _wanted_nodes(layers, read_only):
         if node.path is not None:
             lower = read_only or node.path != layers[-1].path
             options[node.name] = _file_options(node.name, node.path, lower=lower)
         elif node.file is not None and node.read_only is not None:
-            options[node.name] = _format_options(
+            caches = {"l2-cache-size": l2_cache_bytes} if l2_cache_bytes and node.driver == "qcow2" else {}
+            options[node.name] = caches | _format_options(
                 node.name, node.driver, node.file, node.backing, read_only=node.read_only
             )
     return options
@@ -648,7 +812,7 @@ def _file_options(name: str, path: str, *, lower: bool) -> Mapping[str, object]:
     return options
 
 
-def _format_options(name: str, driver: str, file: str, backing: str | None, *, read_only: bool) -> Mapping[str, object]:
+def _format_options(name: str, driver: str, file: str, backing: str | None, *, read_only: bool) -> dict[str, object]:
     options: dict[str, object] = {
         "driver": driver,
         "node-name": name,
@@ -687,18 +851,40 @@ def _described(nodes: Sequence[_Node]) -> str:
     return "; ".join(parts) or (f"only the files {', '.join(sorted(paths))}" if paths else "nothing")
 
 
-def _lock_hint(path: str) -> str:
-    """Say whether an open description holds QEMU's locks on a file; ours are given back when this is asked."""
+def is_locked(path: str, *, alone: bool) -> bool:
+    """Tell whether QEMU's image locks keep this file from being read or, with `alone`, whether there are any at all.
+
+    Locks of this process count as anybody's.
+
+    Raises:
+        Unavailable: the file cannot be asked.
+    """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _LOCK_BYTES_START, _LOCK_BYTES_LENGTH, 0)
-            answer = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
-        finally:
-            os.close(fd)
+        if alone:
+            return _is_range_locked(path, _LOCK_BYTES_START, _LOCK_BYTES_LENGTH)
+        return any(_is_range_locked(path, byte, 1) for byte in _LOCKS_AGAINST_READING)
+    except OSError as error:
+        raise Unavailable(f"the locks of {path} cannot be asked for: {error}") from error
+
+
+def _lock_hint(path: str) -> str:
+    """Say whether an open description holds QEMU's locks on a file."""
+    try:
+        is_open = _is_range_locked(path, _LOCK_BYTES_START, _LOCK_BYTES_LENGTH)
     except OSError as error:
         return f" (its locks cannot be asked for: {error})"
-    return "" if answer[0] == fcntl.F_UNLCK else ": another process has the image open"
+    return ": another process has the image open" if is_open else ""
+
+
+def _is_range_locked(path: str, start: int, length: int) -> bool:
+    """Ask for an OFD lock without taking it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+        answer = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
+    finally:
+        os.close(fd)
+    return bool(answer[0] != fcntl.F_UNLCK)
 
 
 def _ended_result(directory: str, detached: command.Detached) -> StopResult:

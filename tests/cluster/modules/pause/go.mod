@@ -1,0 +1,3 @@
+module csi-quobyte.test/pause
+
+go 1.26
