@@ -25,6 +25,7 @@ POOL_UP = Gauge("csi_quobyte_pool_up", "1 when the pool is mounted and answers",
 POOL_TOTAL_BYTES = Gauge("csi_quobyte_pool_total_bytes", "Size of the Quobyte volume", ["pool"])
 POOL_AVAILABLE_BYTES = Gauge("csi_quobyte_pool_available_bytes", "Free space of the Quobyte volume", ["pool"])
 LAYERS_DROPPED = Counter("csi_quobyte_layers_dropped", "Unreferenced layers removed", ["pool"])
+LAYERS_MERGED = Counter("csi_quobyte_layers_merged", "Layers folded into others, heads flattened", ["pool", "kind"])
 COLLECTOR_FAILURES = Counter("csi_quobyte_collector_failures", "Collector passes that ended with an error", ["pool"])
 STAGED_VOLUMES = Gauge("csi_quobyte_staged_volumes", "Volumes staged on this node", ["data_path"])
 

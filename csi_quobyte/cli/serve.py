@@ -52,9 +52,9 @@ def controller(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> Non
         **settings,
     )
     telemetry.setup_logging(config.log_level, config.log_format == "json")
-    find_tools(config.qemu_dir)
+    tools = find_tools(config.qemu_dir)
     pools = Pools(config.pools, require_mount=config.require_mount, timeout_s=config.pool_timeout_s)
-    collectors = {one.name: Collector(one) for one in pools.all}
+    collectors = {one.name: Collector(one, tools) for one in pools.all}
     identity = IdentityService(config.driver_name, pools)
 
     def stop() -> bool:

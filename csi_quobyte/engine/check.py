@@ -126,6 +126,7 @@ def _records(store: Store, found: Index) -> Iterator[Finding]:
     unfinished += [(s.id, str(s.state)) for s in found.snapshots.values() if s.state is not SnapshotState.READY]
     for record_id, state in unfinished:
         yield Finding("unfinished", record_id, "", f"state {state}: retry the call, or delete the object")
+    yield from _merges(found)
     for volume in found.volumes.values():
         try:
             store.content(volume)
@@ -136,6 +137,12 @@ def _records(store: Store, found: Index) -> Iterator[Finding]:
                 chain_of(volume.head, found.layers.get)
             except Corrupt as error:
                 yield Finding("broken-chain", volume.id, "", str(error))
+
+
+def _merges(found: Index) -> Iterator[Finding]:
+    for layer in found.layers.values():
+        if layer.merge and layer.state is not LayerState.RETIRED:
+            yield Finding("unfinished", layer.id, "", f"being merged ({layer.merge.kind}), or the process died")
 
 
 def _needed(found: Index) -> Iterator[tuple[str, str, str]]:
@@ -230,7 +237,8 @@ def _image(store: Store, found: Index, layer: LayerRecord, check_image: CheckIma
         yield Finding("wrong-size", layer.id, path, f"virtual size {size_bytes}, the record says {layer.size_bytes}")
     parent = found.layers.get(layer.parent) if layer.parent else None
     wanted = store.backing_name(layer.id, parent) if parent else None
-    if backing_name != wanted and (parent or layer.parent is None):
+    is_merging = bool(layer.merge or (parent and parent.merge))  # the new name is written first
+    if backing_name != wanted and (parent or layer.parent is None) and not is_merging:
         yield Finding("wrong-backing-name", layer.id, path, f"backing name {backing_name!r}, by the records {wanted!r}")
     yield from _inside(layer, path, check_image)
 

@@ -11,15 +11,19 @@ the owner.
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from csi_quobyte import telemetry
 from csi_quobyte.engine import index as index_module
-from csi_quobyte.engine import layers, removal
+from csi_quobyte.engine import layers, merging, removal
 from csi_quobyte.engine.index import Index, Stray
+from csi_quobyte.engine.lease import Lease
+from csi_quobyte.engine.merging import Plan
 from csi_quobyte.errors import Busy, DriverError, Exhausted
+from csi_quobyte.host.qemu import QemuTools
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import (
     LayerState,
@@ -59,8 +63,12 @@ class Report:
 class Collector:
     """The collector thread of one pool; started once, stopped with `stop`."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, tools: QemuTools, *, speed_bytes_per_s: int | None = None) -> None:
+        """`speed_bytes_per_s` limits what merging layers moves."""
         self._pool = pool
+        self._tools = tools
+        self._speed_bytes_per_s = speed_bytes_per_s
+        self._lease = Lease()
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._said = ""
@@ -99,9 +107,11 @@ class Collector:
             store = self._pool.open()
             if layer_id is None:
                 self._sweep_until_quiet(store)
-                return True
+                return self._merge_all(store)
             dropped = layers.drop_upwards(store, layer_id)
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
+            if not dropped and (plan := merging.plan_for(store, layer_id)):
+                return self._merge(store, plan)
             # a layer that is still there is referred to, or something was in the way of dropping it
             return bool(dropped) or store.find_layer(layer_id) is None or bool(store.markers(layer_id))
         except Busy as error:
@@ -121,6 +131,44 @@ class Collector:
             log.exception("collector of pool %s", self._pool.name)
         return False
 
+    def _merge_all(self, store: Store) -> bool:
+        """End the merges that a crash has left, then do what else can be done; False: try again soon."""
+        if not self._lease.hold(store):
+            return True  # another process merges in this pool
+        done = True
+        found = index_module.read(store)
+        if found.unreadable:
+            return True  # what cannot be read may be what refers to a layer
+        if resume_merges(store, self._tools, found):
+            found = index_module.read(store)
+        for plan in plans(store, found):
+            if self._stopping.is_set():
+                return True
+            done = self._merge(store, plan) and done
+        return done
+
+    def _merge(self, store: Store, plan: Plan) -> bool:
+        """Do one merge, if this process may; False: it is to be tried again soon."""
+        if not self._lease.hold(store):
+            return True
+        started = time.monotonic()
+        try:
+            done = merging.merge(
+                store,
+                self._tools,
+                plan,
+                may_go_on=lambda: not self._stopping.is_set() and self._lease.is_safe(store),
+                speed_bytes_per_s=self._speed_bytes_per_s,
+            )
+        except Busy as error:  # somebody wants the volume: later
+            log.info("collector of pool %s: %s", self._pool.name, error)
+            return False
+        if done:
+            telemetry.LAYERS_MERGED.labels(self._pool.name, plan.kind).inc()
+            log.info("%s of layer %s took %.1f s", plan.kind, plan.layer, time.monotonic() - started)
+            self.release(plan.parent)
+        return True
+
     def _sweep_until_quiet(self, store: Store) -> None:
         """Look again after a pass that did something: what it removed may have been the last owner of more."""
         for _ in range(_PASSES_AT_MOST):
@@ -131,6 +179,23 @@ class Collector:
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
+
+
+def plans(store: Store, found: Index) -> list[Plan]:
+    """Give the merges that a pool's contents call for, those that move the least first."""
+    free = [layer_id for layer_id in found.layers if layer_id not in found.held_layers]
+    whole = [volume for volume in found.volumes.values() if volume.head in found.layers]
+    wanted = [merging.plan_for(store, layer_id) for layer_id in free]
+    wanted += [merging.plan_flattening(store, volume) for volume in whole]
+    return sorted((plan for plan in wanted if plan), key=lambda plan: plan.bytes)
+
+
+def resume_merges(store: Store, tools: QemuTools, found: Index) -> int:
+    """Finish or undo the merges that a crash has ended; gives how many. Only for who holds the lease."""
+    begun = sorted(layer.id for layer in found.layers.values() if layer.merge)
+    for layer_id in begun:
+        merging.resume(store, tools, layer_id)
+    return len(begun)
 
 
 def sweep(store: Store) -> Report:
@@ -251,7 +316,11 @@ def _is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
     match marker.kind:
         case "c":
             child = store.find_layer(marker.id)
-            return child is not None and child.parent == layer_id
+            if child is None or child.parent == layer_id:
+                return child is not None
+            above = store.find_layer(child.parent) if child.parent else None
+            notes = [layer.merge for layer in (child, above) if layer and layer.merge]
+            return any((merge.child, merge.parent) == (child.id, layer_id) for merge in notes)
         case "s":
             snapshot = store.find_snapshot(marker.id)
             return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id

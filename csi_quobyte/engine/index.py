@@ -89,6 +89,12 @@ class Index:
         return frozenset(held) | self.intended_layers
 
     @cached_property
+    def merge_markers(self) -> frozenset[tuple[str, str]]:
+        """The pairs (layer id, child id) of parents that merges under way are about to give to a child."""
+        noted = [layer.merge for layer in self.layers.values() if layer.merge]
+        return frozenset((merge.parent, merge.child) for merge in noted if merge.parent)
+
+    @cached_property
     def broken_volumes(self) -> frozenset[str]:
         """The ids of volumes whose head has no readable record: nothing that may belong to them is removed."""
         return frozenset(
@@ -103,7 +109,8 @@ class Index:
             case "c":
                 child = self.layers.get(marker.id)
                 # a child that a volume or snapshot names and that has no record is damage, not garbage
-                return (child is not None and child.parent == layer_id) or marker.id in self.held_layers
+                is_parent = child is not None and child.parent == layer_id
+                return is_parent or marker.id in self.held_layers or (layer_id, marker.id) in self.merge_markers
             case "s":
                 snapshot = self.snapshots.get(marker.id)
                 return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id

@@ -175,6 +175,21 @@ def intent_is_outdated(
     )
 
 
+def check_not_merging(store: Store, layer: LayerRecord) -> None:
+    """Check that no merge changes a layer or is about to give it another parent.
+
+    The caller has made its marker before, so that the merge sees it and stops.
+
+    Raises:
+        Busy: one does.
+    """
+    if layer.merge:
+        raise Busy(f"layer {layer.id} is being merged; it stops for this call, try again")
+    parent = store.find_layer(layer.parent) if layer.parent else None
+    if parent and parent.merge and parent.merge.child == layer.id:
+        raise Busy(f"layer {parent.id} is being merged; it stops for this call, try again")
+
+
 def freeze(
     store: Store, volume: VolumeRecord, next_id: str, *, check_intent: Callable[[], None] = lambda: None
 ) -> VolumeRecord:
@@ -191,10 +206,11 @@ def freeze(
     if volume.head != next_id:
         if volume.attachments:
             raise Refused(f"volume {volume.id} is attached to node {volume.attachments[0].node}")
+        store.mark(volume.head, child_marker(next_id))
         old = store.layer(volume.head)
+        check_not_merging(store, old)
         images.check_chain(store, (old,))
         store.check_not_written(old)
-        store.mark(old.id, child_marker(next_id))
         make_overlay(store, next_id, volume_marker(volume), parent=old, size_bytes=volume.size_bytes)
         # Whoever undoes the intent writes that down first, then writes the volume's record again, then removes the
         # overlay: with the intent read after the volume was, either it is seen here or the swap fails.

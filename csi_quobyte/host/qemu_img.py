@@ -200,6 +200,23 @@ def compare(
     return command.run(argv, timeout_s=timeout_s, limits=_WHOLE_IMAGE_LIMITS, ok_statuses=statuses).status == _EQUAL
 
 
+def set_backing_name(tools: QemuTools, path: str, name: str | None, backing_format: ImageFormat | None) -> None:
+    """Write the backing string of a qcow2 image that nobody has open; no byte of the disk in it changes, durably.
+
+    Nothing of ours follows the string. `rebase -u` opens no backing file.
+
+    Raises:
+        Unavailable: it could not be written.
+    """
+    backing = ["-b", name or ""] + (["-F", backing_format] if name and backing_format else [])
+    command.run(
+        [tools.qemu_img, "rebase", "-u", "-f", "qcow2", *backing, path],
+        timeout_s=INFO_TIMEOUT_S,
+        limits=command.QEMU_IMG_LIMITS,
+    )
+    _sync(path)
+
+
 def chain_json(layers: Sequence[ImageLayer]) -> str:
     """Return a chain (base first) as a "json:" file name for reading: driver, file and parent of each layer explicit.
 

@@ -251,6 +251,9 @@ class Node:
     ) -> LoopDevice:
         """Make the volume's block device from exactly the recorded chain, at least as large as the record says."""
         chain = chain_of(volume.head, store.find_layer)
+        if any(layer.merge for layer in chain):
+            # the merge looks for attachments after it has said so in the record, and stops
+            raise Unavailable(f"layers of volume {volume.id} are being merged, which stops for this call; try again")
         images.check_chain(store, chain)
         _check_backing_names(store, chain)
         read_only = attachment.readonly and volume.access_type == "block"

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from csi_quobyte.errors import Corrupt
 
 FORMAT = 1
+LEASE_ID = "collector"
 KNOWN_REQUIRED_FEATURES: frozenset[str] = frozenset()
 
 ImageFormat = Literal["qcow2", "raw"]
@@ -51,9 +52,8 @@ class SnapshotState(StrEnum):
 
 
 class LayerState(StrEnum):
-    """head: may be written by its volume's daemon; frozen: never changes; retired: condemned, its file may be gone.
-
-    `merging` is reserved for merges, which format 1 allows and this version does not do.
+    """head: may be written by its volume's daemon; frozen: what it shows never changes; merging: frozen, and about to
+    be folded into the layer above or below it; retired: condemned, its file may be gone.
     """
 
     HEAD = "head"
@@ -154,8 +154,25 @@ class SnapshotRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merge:
+    """A change of a chain that is under way; `child` is the layer whose parent becomes `parent` (None: it has none).
+
+    up: the layer that has this, in state `merging`, is folded into its child, so that the child gets the parent.
+    down: it is folded into its parent. flatten: the head that has this (it is its own `child`) takes over what the
+    layers above `parent` have; they stay as they are.
+    """
+
+    kind: Literal["up", "down", "flatten"]
+    child: str
+    parent: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerRecord:
-    """One image file. `size_bytes` is its virtual size when it was made (a head may have grown since)."""
+    """One image file. `size_bytes` is its virtual size when it was made (a head may have grown since).
+
+    While `merge` is set, nobody may open a chain with this layer in it, but who does the merge.
+    """
 
     id: str
     file: str
@@ -163,6 +180,7 @@ class LayerRecord:
     size_bytes: int
     parent: str | None
     state: LayerState
+    merge: Merge | None = None
     kind: Literal["layer"] = "layer"
     generation: int = 0
     nonce: str = ""
@@ -176,6 +194,19 @@ class NodeRecord:
     driver_version: str
     started_at: datetime
     kind: Literal["node"] = "node"
+    generation: int = 0
+    nonce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseRecord:
+    """Who may merge layers in the pool: the token of a process (empty: nobody) on a host (its boot id)."""
+
+    id: str
+    holder: str
+    host: str
+    renewed_at: datetime
+    kind: Literal["lease"] = "lease"
     generation: int = 0
     nonce: str = ""
 
@@ -231,13 +262,13 @@ class Versioned:
     uid: str = ""
 
 
-Record = VolumeRecord | SnapshotRecord | LayerRecord | NodeRecord
-R = TypeVar("R", VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord)
+Record = VolumeRecord | SnapshotRecord | LayerRecord | NodeRecord | LeaseRecord
+R = TypeVar("R", VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord, LeaseRecord)
 D = TypeVar("D")
 
 _ADAPTERS: dict[type, TypeAdapter[object]] = {
     kind: TypeAdapter(kind)
-    for kind in (VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord, PoolFormat, Content, Versioned)
+    for kind in (VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord, LeaseRecord, PoolFormat, Content, Versioned)
 }
 
 

@@ -1,6 +1,6 @@
 """The store: records, layers, markers and locks of one mounted pool. The only module that knows a path in it.
 
-    format.json  lock  tmp/  reserve/  nodes/<digest>.json
+    format.json  lock  collector.json  tmp/  reserve/  nodes/<digest>.json
     volumes/<2 hex>/<id>.json            and <id>.content-<uid> (written by the node that has it attached)
     snapshots/<2 hex>/<id>.json
     layers/<2 hex>/<id>.json  <id>.<format>  <id>.refs/<marker>
@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from csi_quobyte.errors import Busy, Corrupt, NotFound, Refused, Unavailable
@@ -28,6 +29,7 @@ from csi_quobyte.pool.records import (
     Content,
     LayerRecord,
     LayerState,
+    LeaseRecord,
     Modes,
     NodeRecord,
     Owner,
@@ -48,6 +50,7 @@ _SHARD = re.compile(r"[0-9a-f]{2}")
 _TEMPORARY = re.compile(r"(init|[0-9a-f]{16})\.[0-9a-f]{12}")
 _RESERVE = re.compile(r"[0-9a-f]{32}")
 _NODE = re.compile(r"[0-9a-f]{32}\.json")
+_LEASE_CLAIM = re.compile(rf"{records.LEASE_ID}\.json\.g[0-9]+")
 _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
 _RECORD_BYTES = 1 << 20
@@ -256,6 +259,20 @@ class Store:
         return fd
 
     @property
+    def token(self) -> str:
+        """What tells this process from all others, for as long as the store is open."""
+        return self._token
+
+    @property
+    def host(self) -> str:
+        """What tells this running host from all others: the kernel's boot id."""
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+    def is_alive(self, token: str) -> bool:
+        """Say whether the process of a token lives, as far as this mount's locks tell."""
+        return token == self._token or self._token_is_held(token)
+
+    @property
     def prefix(self) -> str:
         """The part of every id that names this pool."""
         return self.format.prefix
@@ -298,6 +315,12 @@ class Store:
                 return self._record_path("layers", record.id)
             case NodeRecord():
                 return self._node_path(record.id)
+            case LeaseRecord():
+                return self._lease_path
+
+    @property
+    def _lease_path(self) -> str:
+        return f"{self.root}/{records.LEASE_ID}.json"
 
     def _node_path(self, node_id: str) -> str:
         return f"{self.root}/nodes/{records.node_digest(node_id)}.json"
@@ -339,6 +362,10 @@ class Store:
     def find_layer(self, layer_id: str) -> LayerRecord | None:
         """Give a layer's record, None when there is none."""
         return self._find(LayerRecord, self._record_path("layers", layer_id))
+
+    def find_lease(self) -> LeaseRecord | None:
+        """Give the record that says who may merge layers, None in a pool where nobody ever did."""
+        return self._find(LeaseRecord, self._lease_path)
 
     def find_node(self, node_id: str) -> NodeRecord | None:
         """Give a node's record, None when it never had this pool."""
@@ -806,8 +833,8 @@ class Store:
 
     def foreign_files(self) -> list[str]:
         """Name what lies outside of the shards and is not of this format; nothing of it is ever touched."""
-        known = {*_SHARDED, *_PLAIN, "lock", "format.json", "lost+found"}
-        foreign = [name for name in _names(self.root) if name not in known]
+        known = {*_SHARDED, *_PLAIN, "lock", "format.json", f"{records.LEASE_ID}.json", "lost+found"}
+        foreign = [name for name in _names(self.root) if name not in known and not _LEASE_CLAIM.fullmatch(name)]
         for folder, form in (("tmp", _TEMPORARY), ("reserve", _RESERVE), ("nodes", _NODE)):
             foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not form.fullmatch(name)]
         for folder in _SHARDED:
@@ -822,7 +849,7 @@ class Store:
             if not _TEMPORARY.fullmatch(name):
                 continue  # not ours: check reports it
             token = name.partition(".")[0]
-            if token != self._token and not self._token_is_held(token):
+            if not self.is_alive(token):
                 stale.append(f"{directory}/{name}")
         return stale
 

@@ -268,7 +268,7 @@ install() {
 }
 
 down() {
-  local node name pid
+  local node name pid groups status=0
   for node in "${nodes[@]}"; do
     end KILL "$CLUSTER_RUN/$node/init.pid" node.sh
     end KILL "$CLUSTER_RUN/$node/outer.pid" node.sh
@@ -285,18 +285,20 @@ down() {
     end KILL "$CLUSTER_RUN/$name.pid" "$bin"
   done
   # While the stand-ins are mounted, a device on a file in them can be told by its file.
-  [[ ! -d "$CLUSTER_RUN" ]] || "$here/loops.py" release "$CLUSTER_RUN" "$pools"/* || true
+  [[ ! -d "$CLUSTER_RUN" ]] || "$here/loops.py" release "$CLUSTER_RUN" "$pools"/* || status=1
   stand_ins_down
   for node in "${nodes[@]}"; do
     [[ ! -e "/run/netns/cq-$node" ]] || ip netns delete "cq-$node"
     for _ in {1..25}; do # a control group is empty a moment after its last process has ended
-      [[ -n "$(control_groups "$node")" ]] || break
-      control_groups "$node" | xargs -I{} find {} -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.2
+      mapfile -t groups < <(control_groups "$node")
+      ((${#groups[@]})) || break
+      find "${groups[@]}" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.2
     done
   done
   [[ ! -e "/run/netns/$hub" ]] || ip netns delete "$hub"
   rm -rf --one-file-system -- "$CLUSTER_RUN"
   left_behind
+  return "$status"
 }
 
 # control_groups NODE: one in every hierarchy of version 1, one in version 2.

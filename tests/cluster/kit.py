@@ -60,6 +60,17 @@ class Claim:
         change = {"spec": {"resources": {"requests": {"storage": size}}}}
         self.space.cluster.patch("PersistentVolumeClaim", self.name, change, self.space.name)
 
+    def grow_detached(self, size: str) -> None:
+        """Ask for a larger size, and wait until the controller has given it: a pod that comes now finds it."""
+        self.grow(size)
+        volume = self.volume
+
+        def has_grown() -> bool:
+            found = self.space.cluster.find("PersistentVolume", volume)
+            return bool(found and found["spec"]["capacity"]["storage"] == size)
+
+        wait_for(f"volume of claim {self.name} of {size}", has_grown)
+
     def wait_size(self, size: str) -> None:
         """Wait until the claim says that it has this size."""
         wait_for(f"claim {self.name} of {size}", lambda: self.object["status"]["capacity"]["storage"] == size)

@@ -41,7 +41,7 @@ def device_of_file(loop: Loop) -> int:
 
 def is_the_clusters(loop: Loop, run: Path, pools: list[int], before: set[str]) -> bool:
     """Say whether a loop device is one that the cluster has left."""
-    if loop.device in before:
+    if loop.device in before or loop.backing == f"{run}/small.img":  # that one goes with its mount
         return False
     if loop.backing.startswith(("/dev/loop", f"{run}/")):
         return True

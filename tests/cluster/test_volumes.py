@@ -40,7 +40,7 @@ def test_life_of_a_volume(space: Space, kind: Kind) -> None:
     for reader in readers:
         reader.delete()
 
-    data.grow("960Mi")  # while it is detached
+    data.grow_detached("960Mi")
     moved = space.pod("moved", data, node="node-b")
     data.wait_size("960Mi")
     assert moved.checksum() == checksum

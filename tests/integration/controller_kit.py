@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_quobyte.engine import check as check_module
-from csi_quobyte.engine import collector
+from csi_quobyte.engine import collector, index, merging
 from csi_quobyte.errors import Busy
 from csi_quobyte.host import qemu, qemu_img
 from csi_quobyte.operations import snapshots, volumes
@@ -172,6 +172,23 @@ class Kit:
         wanted = SizeRange(size_bytes, limit_bytes)
         return volumes.expand(self.store, self.volume_id(name), wanted, self.provisioned)
 
+    # --- merging -----------------------------------------------------------------------------------------------
+
+    def plans(self) -> list[merging.Plan]:
+        """The merges that the collector would do."""
+        return collector.plans(self.store, index.read(self.store))
+
+    def merge(self, plan: merging.Plan, may_go_on: merging.MayGoOn = lambda: True) -> bool:
+        return merging.merge(self.store, tools(), plan, may_go_on=may_go_on)
+
+    def merge_all(self) -> list[str]:
+        """Merge what can be merged, until nothing is left to merge or drop; gives the kinds."""
+        done = []
+        while found := self.plans():
+            done += [plan.kind for plan in found[:1] if self.merge(plan)]
+            self.sweep_until_quiet()
+        return done
+
     # --- contents ----------------------------------------------------------------------------------------------
 
     def write(self, name: str, pattern: int, *, block: int = 0) -> None:
@@ -228,7 +245,8 @@ class Kit:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                if not collector.sweep(self.store) and "stale-claim" not in self.findings():
+                resumed = collector.resume_merges(self.store, tools(), index.read(self.store))
+                if not collector.sweep(self.store) and not resumed and "stale-claim" not in self.findings():
                     return
             except Busy:
                 pass

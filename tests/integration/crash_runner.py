@@ -1,8 +1,9 @@
-"""A process that runs one operation after the other in children, each of which kills itself before a chosen step.
+"""A process that runs one operation after the other in children, each of which is killed at a chosen moment.
 
-Reads lines of JSON from standard input: {"root", "operation", "kill_at"}; answers each with one line {"steps",
-"killed"}: how many durable steps the child began, and whether it was killed (kill_at 0: never). It has one thread
-and imports everything before the first fork, so that a kill costs milliseconds and not the start of a Python.
+Reads lines of JSON from standard input: {"root", "operation", "kill_at", "in_job_s"}; answers each with one line
+{"steps", "killed"}: how many durable steps the child began, and whether it was killed. The moment is before the durable
+step number `kill_at` (0: none), or `in_job_s` seconds after a merge has begun to move data (null: not then). It has one
+thread and imports everything before the first fork, so that a kill costs milliseconds and not the start of a Python.
 """
 
 import json
@@ -10,16 +11,19 @@ import os
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable
 
-from controller_kit import SIZE_BYTES, Kit
+from controller_kit import SIZE_BYTES, Kit, tools
 
-from csi_quobyte.engine import collector
+from csi_quobyte.engine import collector, index
 from csi_quobyte.engine.layers import drop_upwards
 from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.store import Store
 
 _COUNT = struct.Struct("<I")
+_IN_JOB_OFFSET = 4
+_POLL_S = 0.0002
 
 
 def drop_released(kit: Kit) -> None:
@@ -46,6 +50,21 @@ OPERATIONS: dict[str, Callable[[Kit], object]] = {
 }
 
 
+def merge(kit: Kit, kind: str, in_job: Callable[[], None]) -> None:
+    """Do the merges of a kind that the pool calls for; a merge that a crash has ended is ended first."""
+
+    def may_go_on() -> bool:
+        in_job()
+        return True
+
+    collector.resume_merges(kit.store, tools(), index.read(kit.store))
+    while plans := [plan for plan in kit.plans() if plan.kind == kind]:
+        kit.merge(plans[0], may_go_on)
+
+
+MERGES = ("up", "down", "flatten")
+
+
 def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
     """Run an operation in this process, which dies before its step number `kill_at`; counts the steps to `report`."""
     steps = 0
@@ -57,13 +76,29 @@ def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
         if steps == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    OPERATIONS[operation](Kit(Store(root, observer=observe)))
+    kit = Kit(Store(root, observer=observe))
+    if operation in MERGES:
+        merge(kit, operation, lambda: os.pwrite(report, b"\1", _IN_JOB_OFFSET) and None)
+    else:
+        OPERATIONS[operation](kit)
 
 
-def run(root: str, operation: str, kill_at: int) -> dict[str, object]:
+def wait_in_job(child: int, report: int, in_job_s: float) -> int | None:
+    """Kill a child some time after its merge has begun to move data; gives its status if it ended before."""
+    while os.pread(report, 1, _IN_JOB_OFFSET) != b"\1":
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(_POLL_S)
+    time.sleep(in_job_s)
+    os.kill(child, signal.SIGKILL)  # not reaped yet, so the pid is still its
+    return None
+
+
+def run(root: str, operation: str, kill_at: int, in_job_s: float | None) -> dict[str, object]:
     """Run an operation in a child and say how it ended."""
     report = os.memfd_create("steps")
-    os.pwrite(report, _COUNT.pack(0), 0)
+    os.pwrite(report, _COUNT.pack(0) + b"\0", 0)
     child = os.fork()
     if child == 0:
         status = 1
@@ -72,7 +107,8 @@ def run(root: str, operation: str, kill_at: int) -> dict[str, object]:
             status = 0
         finally:
             os._exit(status)
-    _, status = os.waitpid(child, 0)
+    ended = wait_in_job(child, report, in_job_s) if in_job_s is not None else None
+    status = os.waitpid(child, 0)[1] if ended is None else ended
     (steps,) = _COUNT.unpack(os.pread(report, _COUNT.size, 0))
     os.close(report)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
@@ -84,7 +120,7 @@ def main() -> None:
     """Serve requests until standard input ends."""
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps(run(asked["root"], asked["operation"], asked["kill_at"])), flush=True)
+        print(json.dumps(run(asked["root"], asked["operation"], asked["kill_at"], asked.get("in_job_s"))), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,12 @@ class Runner:
         )
         self.kills = 0
 
-    def run(self, root: Path, operation: str, kill_at: int) -> bool:
-        """Run an operation and kill it before a step; False when it ended before it came to that step."""
+    def run(self, root: Path, operation: str, kill_at: int, *, in_job_s: float | None = None) -> bool:
+        """Run an operation and kill it before a step, or in a merge's job; False when it ended before that."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"root": str(root), "operation": operation, "kill_at": kill_at}) + "\n")
+        asked = {"root": str(root), "operation": operation, "kill_at": kill_at, "in_job_s": in_job_s}
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         self.kills += answer["killed"]

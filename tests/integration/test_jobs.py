@@ -145,7 +145,7 @@ def write_randomly(tools: QemuTools, chain: Sequence[ImageLayer], model: bytearr
 
 def make_scene(tools: QemuTools, directory: Path, base: str, seed: int) -> Scene:
     rng = random.Random(seed)
-    sizes_bytes = [5 * MIB + 12 * KIB, 5 * MIB + 12 * KIB, 7 * MIB, 8 * MIB + 4 * KIB]
+    sizes_bytes = [4 * MIB + 4 * KIB, 5 * MIB + 12 * KIB, 7 * MIB, 8 * MIB + 4 * KIB]
     elsewhere = directory.parent / f"{directory.name}-shown"
     elsewhere.mkdir()
     directory.mkdir(exist_ok=True)

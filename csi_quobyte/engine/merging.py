@@ -1,0 +1,308 @@
+"""Merging: a frozen layer that nothing but one child refers to is folded into that child or into its parent.
+
+    up     P <- F <- C       P <- C'          C' has what F had and C had not; F is dropped
+    down   P <- F <- C       P' <- C          P' has what F had; only if nothing but F refers to P; F is dropped
+    flatten  P <- F <- C     P <- C'          C is a head; F stays as long as something refers to it
+
+Only where nobody has the chain open: no attachment of any volume above, and the work is done by a private storage
+daemon that dies with this process. The order of the steps is that of docs/format.md, "Merges". What holds after a
+crash between any two of them:
+
+- Until the child's record names its new parent, the chain by records is the old one and shows the same: what has
+  changed below it is hidden, what has changed in it is what it showed anyway. Then the merge is undone (`resume`).
+- From then on the new chain shows the same, and the merge is finished.
+- Whoever wants to use a layer makes a marker or an attachment first and reads the layer's state then; the merge writes
+  the state first and looks for markers and attachments then. So one of the two sees the other.
+
+One process of a pool merges (engine/lease).
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from csi_quobyte.engine import layers
+from csi_quobyte.errors import Busy
+from csi_quobyte.host import jobs, qemu_img
+from csi_quobyte.host.qemu import ImageLayer, QemuTools
+from csi_quobyte.pool import images
+from csi_quobyte.pool.chain import chain_of
+from csi_quobyte.pool.records import (
+    LayerRecord,
+    LayerState,
+    Merge,
+    VolumeRecord,
+    VolumeState,
+    child_marker,
+    parse_marker,
+    same_version,
+)
+from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
+
+SOFT_DEPTH = 8
+"""The collector flattens the head of a chain that is longer."""
+_FLAT_DEPTH = SOFT_DEPTH // 2  # so that not every further snapshot makes the next flattening
+_CHEAP_BYTES = 64 << 20  # moved without asking what it frees
+_LOOK_EVERY_S = 0.25  # how long somebody who wants the volume may wait for a job's end
+
+MayGoOn = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that could be done. `layer` is the one that goes (for flatten: the head), `bytes` what may be moved."""
+
+    kind: Literal["up", "down", "flatten"]
+    layer: str
+    child: str
+    parent: str | None
+    bytes: int
+
+
+# --- what could be done ----------------------------------------------------------------------------------------
+
+
+def plan_for(store: Store, layer_id: str) -> Plan | None:
+    """Give the merge by which a layer that lost a reference could go, None if there is none or it does not pay."""
+    layer = store.find_layer(layer_id)
+    if layer is None or layer.state is not LayerState.FROZEN:
+        return None
+    child_id = _only_child(store, layer.id)
+    child = store.find_layer(child_id) if child_id else None
+    if child is None or child.parent != layer.id or child.merge:
+        return None
+    if child.state not in {LayerState.HEAD, LayerState.FROZEN}:
+        return None
+    parent = store.find_layer(layer.parent) if layer.parent else None
+    if layer.parent and (parent is None or parent.state is not LayerState.FROZEN or parent.merge):
+        return None
+    target, kind = child, "up"
+    if parent and _only_child(store, parent.id) == layer.id:
+        target, kind = parent, "down"  # the child, which may be shared, is not touched
+    moved = _allocated(store, layer)
+    if not _pays(store, child.id, moved=moved, into=_allocated(store, target)):
+        return None
+    return Plan(kind, layer.id, child.id, layer.parent, moved)  # type: ignore[arg-type]
+
+
+def _pays(store: Store, head: str, *, moved: int, into: int) -> bool:
+    """Say whether a merge is worth what it moves: it frees at most what both layers have.
+
+    A large base under a small overlay would be moved each time a snapshot is taken and deleted. A chain that is
+    too long is merged all the same.
+    """
+    return moved <= max(_CHEAP_BYTES, 2 * into) or len(chain_of(head, store.find_layer)) > SOFT_DEPTH
+
+
+def plan_flattening(store: Store, volume: VolumeRecord) -> Plan | None:
+    """Give the flattening of a detached volume's head, None if its chain is short enough."""
+    if volume.state is not VolumeState.READY or volume.attachments:
+        return None
+    chain = chain_of(volume.head, store.find_layer)
+    if len(chain) <= SOFT_DEPTH or any(layer.merge for layer in chain):
+        return None
+    keep = len(chain) - _FLAT_DEPTH + 1
+    moved = sum(_allocated(store, layer) for layer in chain[1:keep])
+    return Plan("flatten", chain[0].id, chain[0].id, chain[keep].id, moved)
+
+
+def _only_child(store: Store, layer_id: str) -> str | None:
+    """Give the layer that alone refers to this one, None if something else does too or nothing does."""
+    markers = [parse_marker(name) for name in store.markers(layer_id) or []]
+    return markers[0].id if len(markers) == 1 and markers[0] and markers[0].kind == "c" else None
+
+
+def _allocated(store: Store, layer: LayerRecord) -> int:
+    found = store.image_bytes(layer)
+    return found[1] if found else 0
+
+
+# --- doing one -------------------------------------------------------------------------------------------------
+
+
+def merge(
+    store: Store, tools: QemuTools, plan: Plan, *, may_go_on: MayGoOn, speed_bytes_per_s: int | None = None
+) -> bool:
+    """Do a merge; False if it is not possible now. What was begun is finished or undone, also after an error.
+
+    Raises:
+        Stopped: `may_go_on` said no, or somebody wants to use the chain.
+        Exhausted, Unavailable, Busy, Corrupt: see host/jobs; it was undone.
+    """
+    layer = store.find_layer(plan.layer)
+    wanted = LayerState.HEAD if plan.kind == "flatten" else LayerState.FROZEN
+    if layer is None or layer.state is not wanted or layer.merge:
+        return False
+    noted = Merge(kind=plan.kind, child=plan.child, parent=plan.parent)
+    state = LayerState.HEAD if plan.kind == "flatten" else LayerState.MERGING
+    # die here, before or after: nothing has happened
+    layer = store.swap(layer, replace(layer, state=state, merge=noted))
+    try:
+        if not _is_free(store, layer, noted):
+            return False
+        _move(store, tools, layer, noted, may_go_on, speed_bytes_per_s)
+        _commit(store, layer, noted)
+        return True
+    finally:
+        resume(store, tools, layer.id)
+
+
+def _is_free(store: Store, layer: LayerRecord, noted: Merge) -> bool:
+    """Say, after the note was written, whether nobody but the child refers to the layer and nobody has it open."""
+    child = store.find_layer(noted.child)
+    if child is None or (noted.kind != "flatten" and child.parent != layer.id):
+        return False
+    if noted.kind != "flatten" and store.markers(layer.id) != [child_marker(child.id)]:
+        return False
+    if noted.kind == "down" and (noted.parent is None or store.markers(noted.parent) != [child_marker(layer.id)]):
+        return False
+    if child.state is LayerState.HEAD and not _has_quiet_owner(store, child):
+        return False
+    return not _is_open(store, child.id)
+
+
+def _has_quiet_owner(store: Store, head: LayerRecord) -> bool:
+    """Say whether a head is referred to by its volume alone: no freeze of it is under way."""
+    markers = [parse_marker(name) for name in store.markers(head.id) or []]
+    if len(markers) != 1 or markers[0] is None or markers[0].kind != "v":
+        return False
+    volume = store.find_volume(markers[0].id)
+    return volume is not None and volume.head == head.id and volume.state is VolumeState.READY
+
+
+def _is_open(store: Store, layer_id: str) -> bool:
+    """Say whether a volume that lies on a layer is attached. Every ready volume has its marker in its head."""
+    seen: set[str] = set()
+    todo = [layer_id]
+    while todo:
+        current = todo.pop()
+        seen.add(current)
+        for marker in map(parse_marker, store.markers(current) or []):
+            if marker and marker.kind == "c" and marker.id not in seen:
+                todo.append(marker.id)
+            elif marker and marker.kind == "v":
+                volume = store.find_volume(marker.id)
+                if volume and volume.attachments:
+                    return True
+    return False
+
+
+def _move(
+    store: Store,
+    tools: QemuTools,
+    layer: LayerRecord,
+    noted: Merge,
+    may_go_on: MayGoOn,
+    speed_bytes_per_s: int | None,
+) -> None:
+    """Move the data; durable on return, and the records are as they were."""
+    child = store.layer(noted.child)
+    chain = tuple(reversed(chain_of(child.id, store.find_layer)))
+    images.check_chain(store, chain)
+    opened = [ImageLayer(one.id, store.image_path(one), one.format) for one in chain]
+    parent = store.layer(noted.parent) if noted.parent else None
+    name = store.backing_name(child.id, parent) if parent else None
+    looked_at = time.monotonic()
+
+    def watch(_: jobs.Progress) -> jobs.Answer:
+        nonlocal looked_at
+        if not may_go_on():
+            return "stop"
+        if time.monotonic() - looked_at >= _LOOK_EVERY_S:
+            looked_at = time.monotonic()
+            if not _is_free(store, layer, noted):
+                return "stop"
+        return "go on"
+
+    if noted.kind == "down" and parent and name:
+        jobs.commit_down(
+            tools, opened, top=layer.id, base=parent.id, backing_name=name, watch=watch,
+            speed_bytes_per_s=speed_bytes_per_s,
+        )  # fmt: skip
+        # the parent has grown: its record says so before anything can lie on it without the layer between
+        if layer.size_bytes > parent.size_bytes:
+            store.swap(parent, replace(parent, size_bytes=images.virtual_size_bytes(store, parent)))
+    else:
+        jobs.stream_up(
+            tools, opened, into=child.id, base=noted.parent, backing_name=name, watch=watch,
+            speed_bytes_per_s=speed_bytes_per_s,
+        )  # fmt: skip
+
+
+def _commit(store: Store, layer: LayerRecord, noted: Merge) -> None:
+    """Give the child its new parent: the one step that makes the merge true."""
+    if noted.parent:
+        store.mark(noted.parent, child_marker(noted.child))
+    child, current = store.layer(noted.child), store.layer(layer.id)
+    if not same_version(current, layer):
+        raise Busy(f"the merge of layer {layer.id} was given up by another process")
+    before = child.parent
+    # for a flattening the child is the layer with the note, which goes in the same step
+    store.swap(child, replace(child, parent=noted.parent, merge=None))
+    log.info("layer %s has the parent %s now (%s of %s)", child.id, noted.parent, noted.kind, layer.id)
+    if noted.kind == "flatten" and before:
+        # die here: a marker without a need, which the collector removes
+        store.unmark(before, child_marker(child.id))
+
+
+# --- ending one ------------------------------------------------------------------------------------------------
+
+
+def resume(store: Store, tools: QemuTools, layer_id: str) -> None:
+    """Finish a merge whose child has its new parent, or undo one whose child has not; nothing to do is success.
+
+    Raises:
+        Busy: the records change at this moment; call again.
+    """
+    layer = store.find_layer(layer_id)
+    if layer is None or layer.merge is None or layer.state is LayerState.RETIRED:
+        return
+    noted = layer.merge
+    child = store.find_layer(noted.child)
+    if noted.kind == "flatten":
+        _undo(store, tools, layer, layer, noted)
+    elif child is None or child.state is LayerState.RETIRED:
+        _undo(store, tools, layer, None, noted)
+    elif child.parent == layer.id:
+        _undo(store, tools, layer, child, noted)
+    else:
+        # die here: the layer has no markers, and the collector drops it
+        store.unmark(layer.id, child_marker(noted.child))
+        layers.drop(store, layer.id)
+
+
+def _undo(store: Store, tools: QemuTools, layer: LayerRecord, child: LayerRecord | None, noted: Merge) -> None:
+    """Make the records as they were before a merge that was not committed.
+
+    What was moved stays where it is: it is hidden, or what was shown anyway.
+
+    The child's record is written again first, unchanged. A commit that a crash has left as a claim, or that another
+    process is in the middle of, loses its compare-and-set by that; otherwise it would come true after its marker is
+    gone.
+    """
+    if child:
+        rewritten = store.swap(child, child)
+        layer = rewritten if child.id == layer.id else layer
+        child = rewritten
+        _repair_name(store, tools, child)
+    if noted.parent and not (child and child.parent == noted.parent):
+        store.unmark(noted.parent, child_marker(noted.child))
+    if noted.kind == "down" and noted.parent:
+        parent = store.layer(noted.parent)
+        size_bytes = images.virtual_size_bytes(store, parent)
+        if size_bytes > parent.size_bytes:
+            store.swap(parent, replace(parent, size_bytes=size_bytes))
+    state = LayerState.HEAD if noted.kind == "flatten" else LayerState.FROZEN
+    store.swap(layer, replace(layer, state=state, merge=None))
+
+
+def _repair_name(store: Store, tools: QemuTools, child: LayerRecord) -> None:
+    """Put the recorded parent's name into an image: a job writes the new one before its data is durable."""
+    parent = store.layer(child.parent) if child.parent else None
+    wanted = store.backing_name(child.id, parent) if parent else None
+    if images.backing_name(store, child) != wanted:
+        qemu_img.set_backing_name(tools, store.image_path(child), wanted, parent.format if parent else None)
