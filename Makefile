@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # The parts of `test` run one after the other, in the order of the list, also with -j.
 .NOTPARALLEL:
-.PHONY: cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
+.PHONY: crash cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
 CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
@@ -45,6 +45,11 @@ integration: setup ## real qemu-img, storage daemons, loop devices, file systems
 
 sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 	@$(CONTAINED) 600 sanity -- $(PYTHON) tests/sanity/run.py
+
+##@ Longer suites
+crash: setup ## every operation and merge killed before each durable step, and 30 times in each kind of merge
+	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 3600 crash -- \
+	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py tests/integration/test_crash_merges.py
 
 ##@ On a real Kubernetes (two nodes on this machine, without a registry; the first time builds it: 15 to 20 minutes)
 cluster-test: cluster-parts ## install the chart and follow volumes through their life, crashes and upgrades included

@@ -10,7 +10,7 @@ from contextlib import suppress
 import click
 
 from csi_quobyte import __version__
-from csi_quobyte.cli import check, doctor, pool, serve, show
+from csi_quobyte.cli import check, doctor, gc, pool, serve, show
 from csi_quobyte.errors import AlreadyExists, Busy, DriverError, NotFound, Refused
 
 _REFUSED = (Refused, NotFound, AlreadyExists, Busy)
@@ -22,7 +22,17 @@ def cli() -> None:
     """Disks for Kubernetes pods, kept as image files on mounted Quobyte volumes."""
 
 
-for command in (serve.controller, serve.node, pool.pool, check.check, show.ls, show.show, show.tree, doctor.doctor):
+for command in (
+    serve.controller,
+    serve.node,
+    pool.pool,
+    check.check,
+    gc.gc,
+    show.ls,
+    show.show,
+    show.tree,
+    doctor.doctor,
+):
     cli.add_command(command)
 
 

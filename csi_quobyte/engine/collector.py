@@ -110,8 +110,9 @@ class Collector:
                 return self._merge_all(store)
             dropped = layers.drop_upwards(store, layer_id)
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
-            if not dropped and (plan := merging.plan_for(store, layer_id)):
-                return self._merge(store, plan)
+            if not dropped and (plan := _plan_near(store, layer_id)):
+                with self._holding(store) as held:
+                    return self._merge(store, plan) if held else True
             # a layer that is still there is referred to, or something was in the way of dropping it
             return bool(dropped) or store.find_layer(layer_id) is None or bool(store.markers(layer_id))
         except Busy as error:
@@ -133,32 +134,36 @@ class Collector:
 
     def _merge_all(self, store: Store) -> bool:
         """End the merges that a crash has left, then do what else can be done; False: try again soon."""
-        if not self._lease.hold(store):
-            return True  # another process merges in this pool
-        done = True
-        found = index_module.read(store)
-        if found.unreadable:
-            return True  # what cannot be read may be what refers to a layer
-        if resume_merges(store, self._tools, found):
-            found = index_module.read(store)
-        for plan in plans(store, found):
-            if self._stopping.is_set():
+        with self._holding(store) as held:
+            if not held:
                 return True
-            done = self._merge(store, plan) and done
-        return done
+            found = index_module.read(store)
+            if found.unreadable:
+                return True  # what cannot be read may be what refers to a layer
+            if resume_merges(store, self._tools, found):
+                found = index_module.read(store)
+            results = [self._merge(store, plan) for plan in plans(store, found) if not self._stopping.is_set()]
+            return all(results)
+
+    @contextmanager
+    def _holding(self, store: Store) -> Iterator[bool]:
+        """Have the right to merge for a while, or give False: another process of this pool has it."""
+        held = self._lease.hold(store)
+        try:
+            yield held
+        finally:
+            self._lease.release(store)
 
     def _merge(self, store: Store, plan: Plan) -> bool:
-        """Do one merge, if this process may; False: it is to be tried again soon."""
-        if not self._lease.hold(store):
-            return True
+        """Do one merge; False: it is to be tried again soon. The lease is held."""
         started = time.monotonic()
+
+        def may_go_on() -> bool:
+            return not self._stopping.is_set() and self._lease.is_safe(store)
+
         try:
             done = merging.merge(
-                store,
-                self._tools,
-                plan,
-                may_go_on=lambda: not self._stopping.is_set() and self._lease.is_safe(store),
-                speed_bytes_per_s=self._speed_bytes_per_s,
+                store, self._tools, plan, may_go_on=may_go_on, speed_bytes_per_s=self._speed_bytes_per_s
             )
         except Busy as error:  # somebody wants the volume: later
             log.info("collector of pool %s: %s", self._pool.name, error)
@@ -166,7 +171,7 @@ class Collector:
         if done:
             telemetry.LAYERS_MERGED.labels(self._pool.name, plan.kind).inc()
             log.info("%s of layer %s took %.1f s", plan.kind, plan.layer, time.monotonic() - started)
-            self.release(plan.parent)
+            self.release(plan.parent or plan.child)
         return True
 
     def _sweep_until_quiet(self, store: Store) -> None:
@@ -179,6 +184,53 @@ class Collector:
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
+
+
+def _plan_near(store: Store, layer_id: str) -> Plan | None:
+    """Give the merge that a layer calls for: its own, or if it is a head, the flattening of what it lies on."""
+    layer = store.find_layer(layer_id)
+    if layer is None or layer.state is not LayerState.HEAD:
+        return merging.plan_for(store, layer_id)
+    for marker in map(parse_marker, store.markers(layer_id) or []):
+        volume = store.find_volume(marker.id) if marker and marker.kind == "v" else None
+        if volume and volume.head == layer_id:
+            return merging.plan_flattening(store, volume)
+    return None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one pass of `collect` has dropped or finished."""
+
+    report: Report
+
+
+def collect(store: Store, tools: QemuTools) -> Iterator["Collected | Plan"]:
+    """Do at once all that the collector would do, and give each thing when it is done.
+
+    Raises:
+        Busy: another process does this now.
+    """
+    lease = Lease()
+    try:
+        while True:
+            report = sweep(store)
+            if report:
+                yield Collected(report)
+            if not lease.hold(store):
+                raise Busy("another process merges layers in this pool at this moment")
+            found = index_module.read(store)
+            if found.unreadable:
+                return  # what cannot be read may be what refers to a layer
+            busy = bool(report) or bool(resume_merges(store, tools, found))
+            for plan in plans(store, found):
+                if merging.merge(store, tools, plan, may_go_on=lambda: lease.is_safe(store)):
+                    busy = True
+                    yield plan
+            if not busy:
+                return
+    finally:
+        lease.release(store)
 
 
 def plans(store: Store, found: Index) -> list[Plan]:

@@ -135,7 +135,7 @@ def merge(
     """
     layer = store.find_layer(plan.layer)
     wanted = LayerState.HEAD if plan.kind == "flatten" else LayerState.FROZEN
-    if layer is None or layer.state is not wanted or layer.merge:
+    if layer is None or layer.state is not wanted or layer.merge or not _still_fits(store, layer, plan):
         return False
     noted = Merge(kind=plan.kind, child=plan.child, parent=plan.parent)
     state = LayerState.HEAD if plan.kind == "flatten" else LayerState.MERGING
@@ -149,6 +149,13 @@ def merge(
         return True
     finally:
         resume(store, tools, layer.id)
+
+
+def _still_fits(store: Store, layer: LayerRecord, plan: Plan) -> bool:
+    """Say whether a plan is one for the chain as it is now: merges before it may have changed that."""
+    if plan.kind != "flatten":
+        return layer.parent == plan.parent
+    return plan.parent in [one.id for one in chain_of(layer.id, store.find_layer)[2:]]
 
 
 def _is_free(store: Store, layer: LayerRecord, noted: Merge) -> bool:

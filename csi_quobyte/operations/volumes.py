@@ -437,15 +437,20 @@ def check_capability(volume: VolumeRecord, access_type: AccessType, filesystem: 
         raise Refused(f"volume {volume.id} has file system {volume.filesystem}, not {filesystem}")
 
 
-def detach(store: Store, volume_id: str, node: str) -> None:
-    """Take a node's right to open a volume away (every node's when `node` is empty); done before is success."""
+def detach(store: Store, volume_id: str, node: str) -> tuple[str, ...]:
+    """Take a node's right to open a volume away (every node's when `node` is empty); done before is success.
+
+    Gives the layers that the node had open: what waited for that can be merged now.
+    """
     with store.lock(volume_id):
         volume = store.find_volume(volume_id)
         if volume is None:
-            return
-        remaining = tuple(present for present in volume.attachments if node and present.node != node)
-        if remaining != volume.attachments:
+            return ()
+        gone = [present for present in volume.attachments if not node or present.node == node]
+        if gone:
+            remaining = tuple(present for present in volume.attachments if present not in gone)
             store.swap(volume, replace(volume, attachments=remaining))
+        return tuple(layer_id for present in gone for layer_id in present.opened)
 
 
 # --- expand ----------------------------------------------------------------------------------------------------

@@ -110,7 +110,9 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         volume_id = convert.required(request.volume_id, "the volume id")
         if pool := self._pools.find_owner(volume_id):
             taken = self._reservations.take(volume_id)
-            pool.run(lambda store: volumes.detach(store, volume_id, request.node_id), finished=taken)
+            closed = pool.run(lambda store: volumes.detach(store, volume_id, request.node_id), finished=taken)
+            for layer_id in closed:
+                self._collectors[pool.name].release(layer_id)
         return csi.ControllerUnpublishVolumeResponse()
 
     def ValidateVolumeCapabilities(

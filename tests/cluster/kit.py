@@ -142,12 +142,12 @@ class Pod:
         assert found
         return str(found["spec"]["nodeName"])
 
-    def write(self) -> str:
-        """Write random data, flush it, and give its checksum."""
+    def write(self, *, flush: bool = True) -> str:
+        """Write random data, flush it unless told not to, and give its checksum."""
         target = "/dev/xv" if self.claim.kind.block else "/v/data"
-        count = f"bs=1M count={WRITTEN_MIB}"
-        self.run(f"dd if=/dev/urandom of=/tmp/data {count} 2>/dev/null")
-        self.run(f"dd if=/tmp/data of={target} bs=1M conv=fsync,notrunc 2>/dev/null && sync")
+        how = "conv=fsync,notrunc" if flush else "conv=notrunc"
+        self.run(f"dd if=/dev/urandom of=/tmp/data bs=1M count={WRITTEN_MIB} 2>/dev/null")
+        self.run(f"dd if=/tmp/data of={target} bs=1M {how} 2>/dev/null")
         return self.run("sha256sum </tmp/data")
 
     def checksum(self) -> str:

@@ -6,6 +6,7 @@ Axes: the class (format, file system, binding mode, data path) and the volume mo
 import pytest
 
 from tests.cluster.api import DEADLINE_S, wait_for
+from tests.cluster.below import node_processes
 from tests.cluster.kit import Kind, Space
 
 KINDS = (
@@ -22,6 +23,8 @@ def test_life_of_a_volume(space: Space, kind: Kind) -> None:
     data = space.claim("data", kind)
     writer = space.pod("writer", data, node="node-a")
     checksum = writer.write()
+    has_daemon = bool(node_processes("qemu-storage-daemon"))
+    assert has_daemon == (kind.storage_class != "raw-ext4-loop")
     writer.delete()
     data.wait_detached()
 
@@ -45,11 +48,38 @@ def test_life_of_a_volume(space: Space, kind: Kind) -> None:
     data.wait_size("960Mi")
     assert moved.checksum() == checksum
     wait_for("the size in the pod", lambda: moved.size_mib() > 850)
+    changed = moved.write(flush=False)  # a detach brings it to the pool
     moved.delete()
 
     snapshot.delete()  # its children live on, and so does its source
     again = space.pod("again", restored, node="node-a")
     assert again.checksum() == checksum
+    back = space.pod("back", data, node="node-a")
+    assert back.checksum() == changed
+
+
+def test_layer_of_a_deleted_snapshot_is_merged(space: Space) -> None:
+    data = space.claim("data", Kind("raw-xfs"))
+    first = space.pod("first", data)
+    first.write()
+    first.delete()
+    data.wait_detached()
+    snapshot = space.snapshot("snapshot", data)
+    snapshot.wait_ready()
+    second = space.pod("second", data, node="node-b")
+    checksum = second.write()
+    second.delete()
+    data.wait_detached()
+    assert layers_in_use(space) == 2
+    snapshot.delete()
+    wait_for("one layer", lambda: layers_in_use(space) == 1)
+    assert space.pod("third", data, node="node-a").checksum() == checksum
+
+
+def layers_in_use(space: Space) -> int:
+    """Give the number of layers in the pool that the test uses."""
+    disks = next(pool for pool in space.cluster.csi_quobyte("check") if pool["pool"] == "disks")
+    return int(disks["checked"]["layers"])
 
 
 def test_xfs_grows_while_a_pod_writes(space: Space) -> None:

@@ -1,5 +1,6 @@
 """Fixtures for tests on a real pool: a plain directory made a pool, opened without demands on its mount."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,14 @@ from controller_kit import OWNER, Kit
 from csi_quobyte.pool import records
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.store import Store
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Close with how many processes were killed, and after how many of the tests that do so something was wrong."""
+    crashes = sys.modules.get("test_crash_steps")
+    if crashes and crashes.Runner.total:
+        bad = len(terminalreporter.stats.get("failed", [])) + len(terminalreporter.stats.get("error", []))
+        terminalreporter.write_line(f"{crashes.Runner.total} kills, {bad} bad")
 
 
 @pytest.fixture

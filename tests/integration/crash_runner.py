@@ -13,11 +13,13 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from controller_kit import SIZE_BYTES, Kit, tools
 
-from csi_quobyte.engine import collector, index
-from csi_quobyte.engine.layers import drop_upwards
+from csi_quobyte.engine import collector, index, layers
+from csi_quobyte.operations import volumes
+from csi_quobyte.pool.records import LayerRecord, VolumeRecord, VolumeState, volume_marker
 from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.store import Store
 
@@ -29,7 +31,7 @@ _POLL_S = 0.0002
 def drop_released(kit: Kit) -> None:
     """What the collector does when it is told that the head of the volume "gone" has lost its reference."""
     for layer_id in list(kit.store.layer_ids()):
-        drop_upwards(kit.store, layer_id)
+        layers.drop_upwards(kit.store, layer_id)
 
 
 OPERATIONS: dict[str, Callable[[Kit], object]] = {
@@ -65,6 +67,62 @@ def merge(kit: Kit, kind: str, in_job: Callable[[], None]) -> None:
 MERGES = ("up", "down", "flatten")
 
 
+def publish_before_data() -> None:
+    """A blank volume's record is published before its layer is made."""
+
+    def create_blank(store: Store, planned: VolumeRecord) -> VolumeRecord:
+        volume = replace(planned, state=VolumeState.READY, unfinished=False)
+        published = store.publish_begun(store.begin_volume(volume))
+        layers.make_base(
+            store,
+            volume.head,
+            volume_marker(volume),
+            image_format=volume.image_format,
+            size_bytes=volume.size_bytes,
+            preallocation=volume.preallocation,
+        )
+        return published
+
+    volumes._create_blank = create_blank
+
+
+def remove_before_condemning() -> None:
+    """A layer's image is removed before it is decided that nothing refers to it."""
+    right = layers.drop
+
+    def drop(store: Store, layer_id: str) -> str | None:
+        if layer := store.find_layer(layer_id):
+            store.remove_image(layer_id, layer.file)
+        return right(store, layer_id)
+
+    layers.drop = drop
+
+
+def mark_after_the_record() -> None:
+    """A merge gives the child its parent's record before the marker is in the parent."""
+    mark, swap = Store.mark, Store.swap
+    late: list[tuple[str, str]] = []
+
+    def late_mark(store: Store, layer_id: str, marker: str) -> None:
+        late.append((layer_id, marker))
+
+    def swap_then_mark(store: Store, old: LayerRecord, new: LayerRecord) -> LayerRecord:
+        made = swap(store, old, new)
+        while late:
+            mark(store, *late.pop())
+        return made
+
+    Store.mark, Store.swap = late_mark, swap_then_mark  # type: ignore[assignment,method-assign]
+
+
+# Wrong orders of steps, which the crash tests have to notice.
+WRONG: dict[str, Callable[[], None]] = {
+    "publish before data": publish_before_data,
+    "remove before condemning": remove_before_condemning,
+    "mark after the record": mark_after_the_record,
+}
+
+
 def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
     """Run an operation in this process, which dies before its step number `kill_at`; counts the steps to `report`."""
     steps = 0
@@ -95,7 +153,7 @@ def wait_in_job(child: int, report: int, in_job_s: float) -> int | None:
     return None
 
 
-def run(root: str, operation: str, kill_at: int, in_job_s: float | None) -> dict[str, object]:
+def run(root: str, operation: str, kill_at: int, in_job_s: float | None, wrong: str | None) -> dict[str, object]:
     """Run an operation in a child and say how it ended."""
     report = os.memfd_create("steps")
     os.pwrite(report, _COUNT.pack(0) + b"\0", 0)
@@ -103,6 +161,8 @@ def run(root: str, operation: str, kill_at: int, in_job_s: float | None) -> dict
     if child == 0:
         status = 1
         try:
+            if wrong:
+                WRONG[wrong]()
             run_child(root, operation, kill_at, report)
             status = 0
         finally:
@@ -120,7 +180,8 @@ def main() -> None:
     """Serve requests until standard input ends."""
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps(run(asked["root"], asked["operation"], asked["kill_at"], asked.get("in_job_s"))), flush=True)
+        done = run(asked["root"], asked["operation"], asked["kill_at"], asked["in_job_s"], asked["wrong"])
+        print(json.dumps(done), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,17 @@ from pathlib import Path
 import pytest
 from controller_kit import OWNER, Kit, Tree, tree
 from crash_runner import MERGES, merge
-from test_crash_steps import Runner
+from test_crash_steps import Runner, is_noticed
 
 from csi_quobyte.engine.merging import SOFT_DEPTH
-from csi_quobyte.errors import Busy
+from csi_quobyte.errors import Busy, Corrupt, Refused
 from csi_quobyte.pool import store as store_module
-from csi_quobyte.pool.records import Modes
+from csi_quobyte.pool.records import LayerRecord, Modes
 from csi_quobyte.pool.store import Store
 
-KILLS_IN_A_JOB = int(os.environ.get("CSI_QUOBYTE_KILLS", "30"))
+# `make crash` sets these: every step, and 30 kills in each kind of job; otherwise a sample, by the seed
+EVERY = int(os.environ.get("CSI_QUOBYTE_CRASH_EVERY", "5"))
+KILLS_IN_A_JOB = int(os.environ.get("CSI_QUOBYTE_CRASH_IN_JOB", "6"))
 RETRY_S = 10.0
 BLOCKS = SOFT_DEPTH + 1
 
@@ -117,8 +119,29 @@ def again(kit: Kit, kind: str) -> None:
             return
 
 
+def wait_for_the_daemons_end(kit: Kit) -> None:
+    """Wait until the storage daemon of a killed process has gone too: its locks go with its last thread."""
+    deadline = time.monotonic() + RETRY_S
+    while any(is_locked(kit, layer_id) for layer_id in kit.store.layer_ids()):
+        assert time.monotonic() < deadline, "a storage daemon lives on"
+        time.sleep(0.02)
+
+
+def is_locked(kit: Kit, layer_id: str) -> bool:
+    layer = kit.store.find_layer(layer_id)
+    try:
+        if layer:
+            kit.store.check_not_written(layer)
+    except Refused:
+        return True
+    except Corrupt:  # no file any more
+        return False
+    return False
+
+
 def after_a_kill(kit: Kit, kind: str, as_new: Tree, *, redo: bool) -> None:
     """Check everything that a kill may have spoilt; then do the merge again, or only clear up."""
+    wait_for_the_daemons_end(kit)
     assert kit.errors() == []
     check_contents(kit)
     if redo:
@@ -138,17 +161,17 @@ def after_a_kill(kit: Kit, kind: str, as_new: Tree, *, redo: bool) -> None:
 def test_merge_killed_before_any_step(
     kind: str, runner: Runner, template: tuple[Path, Tree], fresh: Callable[[], Kit], impatient: None
 ) -> None:
-    for step in range(1, 1000):
+    for step in range(1 + SEED % EVERY, 1000, EVERY):
         kit = fresh()
         if not runner.run(Path(kit.store.root), kind, step):
             break
         try:
             after_a_kill(kit, kind, template[1], redo=step % 3 != 0)
         except BaseException as error:
-            error.add_note(f"{kind}, killed before step {step}")
+            error.add_note(f"{kind}, killed before step {step}, seed {SEED}")
             raise
     assert step > 8
-    print(f"{kind}: killed before each of {step - 1} steps")
+    print(f"{kind}: killed before steps up to {step - 1}, every {EVERY}., seed {SEED}")
 
 
 @pytest.mark.timeout(300)
@@ -169,3 +192,41 @@ def test_merge_killed_inside_its_job(
             raise
     print(f"{kind}: {killed} kills in {KILLS_IN_A_JOB} jobs, seed {SEED}")
     assert killed
+
+
+def test_marker_after_the_record_would_be_noticed(runner: Runner, fresh: Callable[[], Kit], impatient: None) -> None:
+    for step in range(1, 1000):
+        kit = fresh()
+        killed = runner.run(Path(kit.store.root), "flatten", step, wrong="mark after the record")
+
+        def look(kit: Kit = kit) -> None:
+            assert kit.errors() == []
+
+        if is_noticed(look):
+            return
+        assert killed, f"not noticed in {step} kills"
+
+
+def test_undo_that_does_not_write_the_childs_record_again_would_be_noticed(
+    runner: Runner,
+    template: tuple[Path, Tree],
+    fresh: Callable[[], Kit],
+    impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = Store.swap
+
+    def swap(store: Store, old: LayerRecord, new: LayerRecord) -> LayerRecord:
+        return old if isinstance(old, LayerRecord) and old is new else right(store, old, new)
+
+    monkeypatch.setattr(Store, "swap", swap)
+    for step in range(1, 1000):
+        kit = fresh()
+        killed = runner.run(Path(kit.store.root), "down", step)
+
+        def look(kit: Kit = kit) -> None:
+            after_a_kill(kit, "down", template[1], redo=False)
+
+        if is_noticed(look):
+            return
+        assert killed, f"not noticed in {step} kills"

@@ -33,6 +33,8 @@ MINIMUM_KILLS = 300
 class Runner:
     """The process that has its children killed."""
 
+    total = 0  # of all runners, for the closing line of `make crash`
+
     def __init__(self) -> None:
         package = Path(store_module.__file__).parents[2]
         self._process = subprocess.Popen(
@@ -44,15 +46,21 @@ class Runner:
         )
         self.kills = 0
 
-    def run(self, root: Path, operation: str, kill_at: int, *, in_job_s: float | None = None) -> bool:
-        """Run an operation and kill it before a step, or in a merge's job; False when it ended before that."""
+    def run(
+        self, root: Path, operation: str, kill_at: int, *, in_job_s: float | None = None, wrong: str | None = None
+    ) -> bool:
+        """Run an operation and kill it before a step, or in a merge's job; False when it ended before that.
+
+        `wrong` names an order of steps that is wrong on purpose.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        asked = {"root": str(root), "operation": operation, "kill_at": kill_at, "in_job_s": in_job_s}
+        asked = {"root": str(root), "operation": operation, "kill_at": kill_at, "in_job_s": in_job_s, "wrong": wrong}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         self.kills += answer["killed"]
+        Runner.total += answer["killed"]
         return bool(answer["killed"])
 
     def close(self) -> None:
@@ -271,6 +279,35 @@ def test_sources_of_a_killed_operation_can_be_deleted_first(
             check_pool(kit, inside=False)
             check_contents(kit, {"c": (1, 2, 0)})
             check_all_deleted(kit, template[1])
+
+
+def is_noticed(look: Callable[[], None]) -> bool:
+    """Say whether what the crash tests look at shows that something is wrong."""
+    try:
+        look()
+    except Exception:  # noqa: BLE001 - an assertion, or an operation that finds damage
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong"), [("create blank", "publish before data"), ("drop", "remove before condemning")]
+)
+def test_wrong_order_would_be_noticed(
+    operation: str, wrong: str, runner: Runner, fresh: Callable[[], Kit], impatient: None
+) -> None:
+    for step in range(1, 1000):
+        kit = fresh()
+        killed = runner.run(Path(kit.store.root), operation, step, wrong=wrong)
+
+        def look(kit: Kit = kit) -> None:
+            assert kit.errors() == []
+            check_contents(kit, UNTOUCHED)
+
+        if is_noticed(look):
+            return
+        assert killed, f"{wrong} was not noticed in {step} kills"
+        kit.delete_everything()
 
 
 def test_enough_was_killed(runner: Runner) -> None:

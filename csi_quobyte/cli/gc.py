@@ -1,0 +1,56 @@
+"""csi-quobyte gc: what the collector of the controller does, by hand."""
+
+import json
+from collections.abc import Iterator
+
+import click
+
+from csi_quobyte.cli import options
+from csi_quobyte.cli.opening import open_pools
+from csi_quobyte.engine import collector
+from csi_quobyte.engine import index as index_module
+from csi_quobyte.engine.collector import Collected
+from csi_quobyte.engine.merging import Plan
+from csi_quobyte.host.qemu import find_tools
+from csi_quobyte.pool.mount import RequireMount
+from csi_quobyte.pool.records import FORMAT
+from csi_quobyte.pool.sizes import human
+from csi_quobyte.pool.store import Store
+
+
+@click.command()
+@options.pools(required=True)
+@options.require_mount
+@options.qemu_dir
+@click.option("--dry-run", is_flag=True, help="Only say what could be merged.")
+@options.as_json
+def gc(pool: tuple[str, ...], require_mount: RequireMount, qemu_dir: str | None, dry_run: bool, as_json: bool) -> None:
+    """Finish what crashes have left, drop layers that nothing needs, merge and flatten the others.
+
+    Does what the controller's collector does by itself; both may run at once, and one of them merges. Volumes that are
+    attached are left alone.
+    """
+    tools = find_tools(qemu_dir)
+    with open_pools(pool, require_mount) as opened:
+        for one, store in opened:
+            done: Iterator[Collected | Plan] = _plans(store) if dry_run else collector.collect(store, tools)
+            for step in done:
+                _print(one.name, step, dry_run, as_json)
+
+
+def _plans(store: Store) -> Iterator[Plan]:
+    yield from collector.plans(store, index_module.read(store))
+
+
+def _print(pool: str, step: Collected | Plan, dry_run: bool, as_json: bool) -> None:
+    """Print one thing that was or would be done, as a line."""
+    if as_json:
+        found = vars(step if isinstance(step, Plan) else step.report)
+        click.echo(json.dumps({"format": FORMAT, "pool": pool, "dry_run": dry_run, **found}))
+    elif isinstance(step, Plan):
+        words = "would go" if dry_run else "went"
+        what = "head" if step.kind == "flatten" else "layer"
+        click.echo(f"pool {pool}: {what} {step.layer} {words} {step.kind} ({human(step.bytes)}), child {step.child}")
+    else:
+        done = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in vars(step.report).items() if count)
+        click.echo(f"pool {pool}: {done}")
