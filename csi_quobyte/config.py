@@ -77,6 +77,8 @@ class NodeConfig(Common):
     kubelet_dir: str = "/var/lib/kubelet"
     register_dir: str = ""
     stop_daemons_on_exit: bool = False
+    stop_timeout_s: float = 90.0
+    """From SIGTERM to the end: at most a quarter of it for running calls, the rest for flushing."""
 
     @property
     def kubelet_endpoint(self) -> str:
@@ -104,6 +106,8 @@ class NodeConfig(Common):
             )
         if self.max_volumes_per_node < 1:
             raise InvalidArgument("--max-volumes-per-node must be at least 1")
+        if not 1 <= self.stop_timeout_s < float("inf"):
+            raise InvalidArgument("--stop-timeout must be at least 1s")
 
 
 def check_endpoint(endpoint: str) -> None:

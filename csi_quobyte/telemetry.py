@@ -27,6 +27,10 @@ POOL_AVAILABLE_BYTES = Gauge("csi_quobyte_pool_available_bytes", "Free space of 
 LAYERS_DROPPED = Counter("csi_quobyte_layers_dropped", "Unreferenced layers removed", ["pool"])
 LAYERS_MERGED = Counter("csi_quobyte_layers_merged", "Layers folded into others, heads flattened", ["pool", "kind"])
 COLLECTOR_FAILURES = Counter("csi_quobyte_collector_failures", "Collector passes that ended with an error", ["pool"])
+FENCE_LAST_LOOK = Gauge(
+    "csi_quobyte_fence_last_look_timestamp_seconds",
+    "When the node last looked at every staged volume whether it was taken away (Unix time)",
+)
 STAGED_VOLUMES = Gauge("csi_quobyte_staged_volumes", "Volumes staged on this node", ["data_path"])
 
 

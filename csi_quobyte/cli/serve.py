@@ -31,13 +31,14 @@ from csi_quobyte.pool.records import NodeRecord
 from csi_quobyte.rpc.controller import ControllerService
 from csi_quobyte.rpc.health import serve_health, serve_metrics
 from csi_quobyte.rpc.identity import IdentityService
-from csi_quobyte.rpc.node import Fence, NodeService
+from csi_quobyte.rpc.node import Attachments, Fence, NodeService
 from csi_quobyte.rpc.registration import Registration
 from csi_quobyte.rpc.server import AddServices, Server, controller_services, node_services
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 25.0
+_GRACE_SHARE = 0.25
 RETRY_POOL_S = 10.0
 
 
@@ -80,12 +81,20 @@ def controller(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> Non
     default=False,
     help="On SIGTERM flush and end the storage daemons, which would be killed with this container anyway.",
 )
-def node(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
+@options.option(
+    "--stop-timeout",
+    type=str,
+    default="90s",
+    metavar="TIME",
+    help="How long that may take from SIGTERM on, all volumes together; what is not flushed by then is lost.",
+)
+def node(pool_timeout: str, stop_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
     """Serve the CSI Node: devices and mounts on this machine. Needs root."""
     command.isolate()
     config = NodeConfig(
         pools=options.parse_pools(pool),
         pool_timeout_s=options.parse_duration_s("--pool-timeout", pool_timeout),
+        stop_timeout_s=options.parse_duration_s("--stop-timeout", stop_timeout),
         **settings,
     )
     telemetry.setup_logging(config.log_level, config.log_format == "json")
@@ -100,10 +109,13 @@ def node(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
         notes=StagedNotes(config.state_dir),
         allow_untested_qemu=config.allow_untested_qemu,
     )
-    identity = IdentityService(config.driver_name, pools, [lambda: _gate_reason(config, tools)])
+    attachments = Attachments(staging, pools, timeout_s=config.pool_timeout_s)
+    fence = Fence(staging, attachments)
+    identity = IdentityService(config.driver_name, pools, [lambda: _gate_reason(config, tools), fence.overdue])
     service = NodeService(
         staging,
         pools,
+        attachments,
         node_id=config.node_id,
         max_volumes=config.max_volumes_per_node,
         timeout_s=config.pool_timeout_s,
@@ -112,17 +124,22 @@ def node(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
         Registration(config.driver_name, config.kubelet_endpoint, config.register_dir) if config.register_dir else None
     )
 
+    # one call that hangs must not take the time that the volumes need to be flushed
+    grace_s = min(GRACE_S, config.stop_timeout_s * _GRACE_SHARE)
+
     def stop() -> bool:
         if registration:
             registration.stop()
-        return staging.stop_all() if config.stop_daemons_on_exit else True
+        if not config.stop_daemons_on_exit:
+            return True
+        return staging.stop_all(timeout_s=config.stop_timeout_s - grace_s, is_taken=attachments.is_surely_taken)
 
     staging.recover()
-    threading.Thread(target=Fence(staging, pools).run_forever, name="fence", daemon=True).start()
+    threading.Thread(target=fence.run_forever, name="fence", daemon=True).start()
     for one in pools.all:
         threading.Thread(target=_keep_node_record, args=(one, config.node_id), daemon=True).start()
     on_ready = registration.start if registration else None
-    _serve(config, identity, node_services(identity, service), stop, on_ready=on_ready)
+    _serve(config, identity, node_services(identity, service), stop, on_ready=on_ready, grace_s=grace_s)
 
 
 def _gate_reason(config: NodeConfig, tools: QemuTools) -> str:
@@ -169,6 +186,7 @@ def _serve(
     services: AddServices,
     stop: Callable[[], bool],
     on_ready: Callable[[], None] | None = None,
+    grace_s: float = GRACE_S,
 ) -> NoReturn:
     """Serve until SIGTERM or SIGINT, then end in order; ends the process."""
     stopping = threading.Event()
@@ -185,7 +203,7 @@ def _serve(
     log.info("csi-quobyte %s serves on %s", __version__, config.endpoint)
     stopping.wait()
     log.info("ending: waiting for running calls")
-    finished = server.stop(GRACE_S)
+    finished = server.stop(grace_s)
     finished = stop() and finished
     log.info("ended%s", "" if finished else "; something did not end in time")
     sys.stderr.flush()

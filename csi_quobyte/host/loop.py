@@ -37,11 +37,13 @@ from csi_quobyte.host import command, mounts
 
 # linux/loop.h
 _LOOP_CLR_FD = 0x4C01
+_LOOP_SET_STATUS64 = 0x4C04
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_SET_CAPACITY = 0x4C07
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CTL_GET_FREE = 0x4C82
 _LO_FLAGS_READ_ONLY = 1
+_LO_FLAGS_AUTOCLEAR = 4
 _LO_FLAGS_DIRECT_IO = 16
 # struct loop_info64: lo_device, lo_inode, lo_rdevice, lo_offset, lo_sizelimit; lo_number, lo_encrypt_type,
 # lo_encrypt_key_size, lo_flags; lo_file_name, lo_crypt_name, lo_encrypt_key; lo_init[2]
@@ -53,6 +55,8 @@ _BLKROSET = 0x125D
 _ON, _OFF = struct.pack("i", 1), struct.pack("i", 0)
 # struct flock of fcntl_locking(2): l_type, l_whence, l_start, l_len, l_pid
 _FLOCK = struct.Struct("hhqqi4x")
+
+_BEYOND_EVERY_FILE = 1 << 62
 
 _CONTROL_PATH = "/dev/loop-control"
 _SYS_BLOCK = Path("/sys/block")
@@ -181,6 +185,35 @@ def set_read_only(device: LoopDevice) -> LoopDevice:
     with _opened(device) as fd:
         _ioctl(fd, _BLKROSET, _ON, f"{device.path}: cannot be made read-only")
         return _require(device)
+
+
+def flush(device: LoopDevice, *, timeout_s: float) -> None:
+    """Bring what was written to the device node itself down to the file (fsync(2) of the device).
+
+    Raises:
+        Unavailable: the file refuses some of it; CommandTimedOut: it did not end in time.
+    """
+    if error := _flush(device, timeout_s):
+        raise Unavailable(f"{device.path}: cannot be flushed: {error}")
+
+
+def cut_off(device: LoopDevice) -> None:
+    """Let nothing reach the file any more: the device gets the size 0 by an offset behind the file's end.
+
+    It keeps its tag and is no use any more but to be released. Of what is cached in the device itself (not in a file
+    system on it) the kernel writes what is left, once, before: nothing can keep it from that. May hang with the file:
+    for a thread that can be abandoned.
+
+    Raises:
+        NotFound: there is no such device any more.
+        Unavailable: this kernel refuses, as some do while a file system is mounted; 6.18 does not.
+    """
+    flags = _LO_FLAGS_AUTOCLEAR if device.clearing else 0  # the only one of the kernel's flags that would be lost
+    tag = device.tag.encode()
+    # made from what /sys says, because LOOP_GET_STATUS64 would ask the file
+    info = _LOOP_INFO64.pack(0, 0, 0, _BEYOND_EVERY_FILE, _mark_of(device.tag), 0, 0, 0, flags, tag, b"", b"", 0, 0)
+    with _opened(device) as fd:
+        _ioctl(fd, _LOOP_SET_STATUS64, info, f"{device.path}: cannot be cut off from its file")
 
 
 def release(tag: str, *, timeout_s: float) -> Released:

@@ -16,7 +16,10 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -44,7 +47,8 @@ from csi_quobyte.host.qsd import Daemon, Daemons, StopResult
 from csi_quobyte.host.staged import StagedNote, StagedNotes
 from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import chain_of
-from csi_quobyte.pool.records import AccessType, Attachment, Content, LayerRecord, VolumeRecord
+from csi_quobyte.pool.executor import Executor
+from csi_quobyte.pool.records import AccessType, Attachment, Content, LayerRecord, VolumeRecord, parse_id
 from csi_quobyte.pool.store import Store
 
 log = logging.getLogger(__name__)
@@ -62,7 +66,10 @@ class _StaleError(Refused):
 UNMOUNT_TIMEOUT_S = 10.0
 RELEASE_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 20.0
-SYNC_TIMEOUT_S = 20.0
+CUT_OFF_TIMEOUT_S = 10.0
+STOPPED_AT_ONCE = 16
+_FLUSH_SHARE = 0.6  # of what is left of the time to stop: the rest is for the daemon's own flush
+_LEAST_S = 1.0
 MKFS_TIMEOUT_S = 600.0
 FSCK_TIMEOUT_S = 3600.0
 
@@ -221,13 +228,30 @@ class Node:
 
     def _kill(self, key: str, staging_path: str) -> None:
         """Take down a device and its daemon so that nothing that they have cached is written any more."""
-        device = _device_of(key)
+        self._cut_off(key)
+        self._take_down(key, staging_path)
+
+    def _cut_off(self, key: str) -> None:
+        """Let nothing that is cached above a volume be written any more: who uses it gets errors from now on.
+
+        The way to the file is cut before the file system is shut down, because ext4 writes when it is.
+
+        Raises:
+            Unavailable: it is not certain: the daemon does not end, or the kernel does not answer.
+        """
+        device, daemon = _device_of(key), self._daemons.find(key)
         if device:
             loop.set_read_only(device)
-        daemon = self._daemons.find(key)
         if daemon and not daemon.kill():
             raise Unavailable(f"the storage daemon of key {key} does not end; is its pool hanging?")
-        self._take_down(key, staging_path)
+        if device:
+            # on a thread of its own: the kernel may hang with the pool
+            limited = Executor(f"cutting off {device.path}", workers=1, callers=1, timeout_s=CUT_OFF_TIMEOUT_S)
+            limited.run(lambda: _end_writing(device, is_cut=self._has_daemon(key)))
+
+    def _has_daemon(self, key: str) -> bool:
+        """Say whether a volume was staged with a daemon, running or not; the others have a loop device alone."""
+        return key in self._daemons.keys()  # noqa: SIM118 - not a dict
 
     def _attached(self, store: Store, volume_id: str, generation: int) -> tuple[VolumeRecord, Attachment]:
         """Give a volume and this node's attachment of it.
@@ -343,6 +367,10 @@ class Node:
         notes = [self._notes.find(key) for key in self._notes.keys()]  # noqa: SIM118 - not a dict
         return [note.volume_id for note in notes if note]
 
+    def is_staged(self, volume_id: str) -> bool:
+        """Say whether this node has a volume staged, by its note."""
+        return self._notes.find(self._key(volume_id)) is not None
+
     def is_stale(self, volume_id: str, record: VolumeRecord | None) -> bool:
         """Say whether a volume is staged here for an attachment that its record does not have any more."""
         note = self._notes.find(self._key(volume_id))
@@ -352,21 +380,17 @@ class Node:
         return not any(one.node == self._node_id and one.generation == note.generation for one in attachments)
 
     def fence(self, volume_id: str) -> None:
-        """End the daemon of a volume that was taken away, without a flush; pods get errors from now on.
+        """Cut off a volume that was taken away, without a flush; pods get errors from now on.
 
         Raises:
             Busy: a call on the volume is running.
-            Unavailable: the daemon does not end.
+            Unavailable: it is not certain that nothing is written any more; call again.
         """
         with self._lock(volume_id):
-            if device := self._find_device(volume_id):
-                loop.set_read_only(device)
-            daemon = self._daemons.find(self._key(volume_id))
-            if daemon is None:
-                return
-            log.error("volume %s was taken away from this node while staged: its daemon is ended", volume_id)
-            if not daemon.kill():
-                raise Unavailable(f"the storage daemon of volume {volume_id} does not end; is its pool hanging?")
+            key = self._key(volume_id)
+            how = "its daemon is ended" if self._has_daemon(key) else "its device is cut off from its file"
+            log.error("volume %s was taken away from this node while staged: %s", volume_id, how)
+            self._cut_off(key)
 
     def _take_down(self, key: str, staging_path: str) -> None:
         """Unmount a device at the staging path, free it and end its daemon. A foreign mount there is left alone."""
@@ -421,6 +445,7 @@ class Node:
             source = _publish_source(device, request)
             if _is_published(device, request.target_path, readonly=readonly):
                 return
+            self._check_alive(device, volume.id)
             _check_single_writer(device, request)
             _make_target(request)
             mounts.bind(source, request.target_path, read_only=readonly)
@@ -450,6 +475,20 @@ class Node:
         note = self._notes.find(self._key(volume_id))
         if note is None or note.generation != attachment.generation:
             raise Refused(f"volume {volume_id} is staged here for another attachment; stage it again")
+
+    def _check_alive(self, device: LoopDevice, volume_id: str) -> None:
+        """Check that a staged volume's device gives more than errors.
+
+        Raises:
+            Refused: it does not; only when no pod has it any more it can be staged again.
+        """
+        key = self._key(volume_id)
+        daemon_is_gone = self._has_daemon(key) and self._daemons.find(key) is None
+        if daemon_is_gone or not filesystem.is_readable(device.path):
+            raise Refused(
+                f"volume {volume_id} gives only I/O errors on node {self._node_id}: delete all pods of the volume on "
+                "this node (scale the workload to zero), then start them again"
+            )
 
     def _device(self, volume_id: str) -> LoopDevice:
         """Give a volume's device.
@@ -519,10 +558,13 @@ class Node:
 
     def recover(self) -> None:
         """At the start: clear the devices whose daemon is gone, where no pod has them; leave all that works alone."""
-        for key in self._daemons.keys():  # noqa: SIM118 - not a dict
+        for key in self._known_keys():
             device = _device_of(key)
             if self._daemons.find(key) is not None:
                 log.info("found the daemon of key %s running (%s)", key, device.path if device else "no device")
+                continue
+            if device and not self._has_daemon(key):
+                log.info("found the device %s of key %s, which needs no daemon", device.path, key)
                 continue
             try:
                 self._clear_leftover(key, device)
@@ -530,9 +572,14 @@ class Node:
                 log.warning("what is left of key %s cannot be cleared now: %s", key, error)
         self._count_staged()
 
+    def _known_keys(self) -> list[str]:
+        return sorted({*self._daemons.keys(), *self._notes.keys()})
+
     def _clear_leftover(self, key: str, device: LoopDevice | None) -> None:
         if device is None:
+            # nothing of it can be written any more, whatever ended it: the machine was started again, say
             self._daemons.forget(key)
+            self._notes.remove(key)
             return
         found = mounts.of_device(device.major_minor)
         if len({mounted.target for mounted in found}) > 1 or _block_targets(device):
@@ -542,40 +589,83 @@ class Node:
             mounts.unmount(mounted.target, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
         self._release(key)
 
-    def stop_all(self) -> bool:
+    def stop_all(self, *, timeout_s: float, is_taken: Callable[[str], bool]) -> bool:
         """End every daemon with its data flushed; unmounts what no pod uses. False if one did not end cleanly.
 
-        A target that a pod has mounted stays, dead: an empty directory in its place would take the pod's writes.
+        Ends after `timeout_s` in any case. Volumes are stopped side by side, those of each pool apart from the others:
+        one that hangs costs its own time. One that `is_taken` (its id is given) is cut off instead of flushed. A target
+        that a pod has mounted stays, dead: an empty directory in its place would take the pod's writes.
         """
-        clean = True
-        for key in self._daemons.keys():  # noqa: SIM118
+        deadline = time.monotonic() + timeout_s
+        pools: dict[str, ThreadPoolExecutor] = {}
+        futures: dict[Future[bool], str] = {}
+        for key in self._known_keys():
+            note = self._notes.find(key)
+            name = note.volume_id if note else f"of key {key}"
+            parsed = parse_id(name)
+            pool = parsed.pool if parsed else ""
+            if pool not in pools:
+                pools[pool] = ThreadPoolExecutor(STOPPED_AT_ONCE, thread_name_prefix=f"stop {pool}")
+            futures[pools[pool].submit(self._stop, key, name, deadline, is_taken)] = name
+        ended, late = wait_for_futures(futures, max(0.0, deadline - time.monotonic()))
+        for executor in pools.values():
+            executor.shutdown(wait=False, cancel_futures=True)
+        for future in late:
+            log.error("volume %s: not flushed within the %g s that there are to stop", futures[future], timeout_s)
+        return not late and all(future.result() for future in ended)
+
+    def _stop(self, key: str, name: str, deadline: float, is_taken: Callable[[str], bool]) -> bool:
+        """Stop one volume, and say whether nothing of it is lost; never raises."""
+        try:
+            if is_taken(name):
+                log.error("volume %s was taken away from this node: its cached writes are dropped", name)
+                self._cut_off(key)
+                return True
             daemon = self._daemons.find(key)
             if daemon is None:
-                continue
-            try:
-                self._quiesce(key)
-                result = daemon.stop(timeout_s=STOP_TIMEOUT_S)
-                clean = clean and result is StopResult.CLEAN
-                log.info("daemon of key %s ended: %s", key, result.name)
-            except DriverError as error:
-                clean = False
-                log.error("daemon of key %s: %s", key, error)
-        return clean
+                return True  # a plain loop device needs nobody: the kernel goes on
+            is_quiet = self._is_quiesced(key, name, deadline)
+            result = daemon.stop(timeout_s=_left_s(deadline))
+            log.info("daemon of volume %s ended: %s", name, result.name)
+            return is_quiet and result is StopResult.CLEAN
+        except DriverError as error:
+            log.error("daemon of volume %s: %s", name, error)
+        except Exception:  # a bug must not cost the other volumes their flush
+            log.exception("volume %s cannot be stopped", name)
+        return False
 
-    def _quiesce(self, key: str) -> None:
+    def _is_quiesced(self, key: str, name: str, deadline: float) -> bool:
+        """Say whether all that is cached above the daemon came down to it; it has to be stopped all the same."""
+        try:
+            self._quiesce(key, time.monotonic() + _FLUSH_SHARE * _left_s(deadline))
+        except Exception as error:  # whatever it is: not to flush the daemon as well would lose more
+            unexpected = not isinstance(error, DriverError)
+            log.error("volume %s: writes of its pods may be lost: %s", name, error, exc_info=unexpected)
+            return False
+        return True
+
+    def _quiesce(self, key: str, deadline: float) -> None:
         """Bring what is cached above a device down to the daemon, and free the device if nobody uses it."""
         tag = loop.tag_of(TAG_PREFIX, key)
         device = loop.find(tag)
         if device is None:
             return
-        targets = _targets(device)
-        if len(targets) == 1 and not _block_targets(device):
-            mounts.unmount(targets[0], timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=False)
-            targets = []
-        if not targets:
-            loop.release(tag, timeout_s=RELEASE_TIMEOUT_S)
+        mounted, nodes = [one.target for one in mounts.of_device(device.major_minor)], _block_targets(device)
+        if len(mounted) == 1 and not nodes:
+            try:
+                mounts.unmount(mounted[0], timeout_s=_left_s(deadline), lazy_after=False)
+                mounted = []
+            except Refused as error:  # flushed as a pod's is
+                log.warning("%s stays mounted: %s", mounted[0], error)
+        if mounted:
+            filesystem.sync(mounted[0], timeout_s=_left_s(deadline))
+        elif nodes:
+            # the device itself: a sync of the file system that the node lies in would be one of /dev
+            loop.flush(device, timeout_s=_left_s(deadline))
         else:
-            filesystem.sync(targets[0], timeout_s=SYNC_TIMEOUT_S)
+            released = loop.release(tag, timeout_s=_left_s(deadline))
+            if released.flush_error:
+                raise Unavailable(f"{device.path}: cannot be flushed: {released.flush_error}")
 
     def _count_staged(self) -> None:
         devices = {device.tag for device in loop.scan(f"{TAG_PREFIX}:")}
@@ -589,6 +679,37 @@ class Node:
 def _device_of(key: str) -> LoopDevice | None:
     """Give the loop device of a volume's key, None when there is none."""
     return loop.find(loop.tag_of(TAG_PREFIX, key))
+
+
+def _left_s(deadline: float) -> float:
+    return max(_LEAST_S, deadline - time.monotonic())
+
+
+def _end_writing(device: LoopDevice, *, is_cut: bool) -> None:
+    """Cut off a loop device from its file unless what served it is dead (`is_cut`); shut down the file system on it.
+
+    Raises:
+        Unavailable: neither can be done.
+    """
+    mounted = mounts.of_device(device.major_minor)
+    if not is_cut:
+        try:
+            loop.cut_off(device)
+            is_cut = True
+        except Unavailable as error:
+            if not mounted:
+                raise
+            log.error("only the file system is shut down: %s", error)
+        if _block_targets(device):
+            log.error("%s is a raw block device: what the kernel had cached of it was written before", device.path)
+    if not mounted:
+        return
+    try:
+        filesystem.shut_down(mounted[0].target)
+    except Unavailable as error:
+        if not is_cut:
+            raise
+        log.warning("nothing can be written any more, but the file system is not shut down: %s", error)
 
 
 def is_plain_loop(volume: VolumeRecord, chain: Sequence[LayerRecord]) -> bool:

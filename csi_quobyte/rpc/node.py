@@ -3,20 +3,28 @@
 Calls that read or write records run on the pool's executor. The others (unstage, unpublish, stats) must work while a
 pool is dead or hanging, so they run on an executor of the node's own. Each call that changes something has its volume
 to itself from its arrival until its work has really ended: an unstage is not answered while an abandoned stage hangs.
+
+An unstage flushes only what it knows to be still this node's: "I could not look" is an answer of its own.
 """
 
+import enum
+import errno
 import logging
+import os
 import threading
+import time
 from collections.abc import Mapping
 
 import grpc
 
-from csi_quobyte.errors import DriverError, InvalidArgument, NotFound
+from csi_quobyte import telemetry
+from csi_quobyte.errors import DriverError, InvalidArgument, NotFound, Unavailable
+from csi_quobyte.host import mounts
 from csi_quobyte.operations.staging import Node, PublishRequest, StageRequest, VolumeStats
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pb import csi_pb2_grpc
 from csi_quobyte.pool.executor import Executor, Reservations
-from csi_quobyte.pool.pools import Pools
+from csi_quobyte.pool.pools import Pool, Pools
 from csi_quobyte.rpc import convert
 
 _Rpc = csi.NodeServiceCapability.RPC
@@ -29,7 +37,11 @@ CAPABILITIES = (
 
 LOCAL_WORKERS = 32
 FENCE_EVERY_S = 10.0
+FENCE_OVERDUE_S = 60.0
 _LOOK_WAIT_S = 1.0
+_LOOKERS = 4
+_GONE_ERRORS = (errno.ENOTCONN, errno.ENOENT, errno.ESTALE)
+"""What the kernel says of a path whose FUSE server has ended, or that is not there."""
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +49,19 @@ log = logging.getLogger(__name__)
 class NodeService(csi_pb2_grpc.NodeServicer):
     """Serves the node RPCs."""
 
-    def __init__(self, node: Node, pools: Pools, *, node_id: str, max_volumes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        node: Node,
+        pools: Pools,
+        attachments: "Attachments",
+        *,
+        node_id: str,
+        max_volumes: int,
+        timeout_s: float,
+    ) -> None:
         self._node = node
         self._pools = pools
+        self._attachments = attachments
         self._node_id = node_id
         self._max_volumes = max_volumes
         self._reservations = Reservations()
@@ -69,13 +91,19 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         volume_id = convert.required(request.volume_id, "the volume id")
         staging_path = convert.path(request.staging_target_path, "the staging target path")
         taken = self._reservations.take(volume_id)
-        self._local.run(
-            lambda: self._node.unstage(
-                volume_id, staging_path, stale=is_taken_away(self._node, self._pools, volume_id)
-            ),
-            finished=taken,
-        )
+        self._local.run(lambda: self._unstage(volume_id, staging_path), finished=taken)
         return csi.NodeUnstageVolumeResponse()
+
+    def _unstage(self, volume_id: str, staging_path: str) -> None:
+        standing = self._attachments.standing(volume_id)
+        if standing is Standing.UNKNOWN:
+            raise Unavailable(
+                f"the pool of volume {volume_id} is mounted and does not say whether the volume is still attached "
+                "here; nothing is flushed or dropped before it does"
+            )
+        if standing is Standing.UNREACHABLE:
+            log.warning("volume %s is unstaged without a look at its pool, which is not mounted", volume_id)
+        self._node.unstage(volume_id, staging_path, stale=standing is Standing.TAKEN)
 
     def NodePublishVolume(
         self, request: csi.NodePublishVolumeRequest, context: grpc.ServicerContext
@@ -141,44 +169,126 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         return csi.NodeGetInfoResponse(node_id=self._node_id, max_volumes_per_node=self._max_volumes)
 
 
-def is_taken_away(node: Node, pools: Pools, volume_id: str) -> bool:
-    """Say whether a volume is staged for an attachment that is gone; False when its pool does not answer now."""
-    try:
-        pool = pools.find_owner(volume_id)
-        if pool is None or not pool.health(wait_s=_LOOK_WAIT_S).ok:
+class Standing(enum.Enum):
+    """Whose a volume is that is staged here, as far as its record can be asked."""
+
+    OURS = "ours"
+    """Attached here as it was staged; or not staged here at all."""
+    TAKEN = "taken"
+    """Not attached here any more, or for another attachment: what is cached here is older than the volume."""
+    UNKNOWN = "unknown"
+    """Its pool is mounted and does not answer: writes may still reach it."""
+    UNREACHABLE = "unreachable"
+    """Its pool is not mounted, or its client has died: nothing of this node can reach it."""
+
+
+class Attachments:
+    """Looks whether what is staged here is still attached here; a pool that hangs costs threads of its own only."""
+
+    def __init__(self, node: Node, pools: Pools, *, timeout_s: float) -> None:
+        self._node = node
+        self._pools = pools
+        self._executors = {
+            pool.name: Executor(
+                f"look at pool {pool.name} ({pool.path})", workers=_LOOKERS, callers=LOCAL_WORKERS, timeout_s=timeout_s
+            )
+            for pool in pools.all
+        }
+
+    def standing(self, volume_id: str) -> Standing:
+        """Look at the record of a volume, as long as the time limit of its pool allows."""
+        if not self._node.is_staged(volume_id):
+            return Standing.OURS
+        try:
+            pool = self._pools.find_owner(volume_id)
+        except Unavailable:
+            # that of a pool which was not opened since this process began; one that is mounted may be it
+            never_opened = [one for one in self._pools.all if one.prefix is None]
+            gone = all(self._is_gone(one) for one in never_opened)
+            return Standing.UNREACHABLE if gone else Standing.UNKNOWN
+        except DriverError as error:
+            log.error("whose volume %s is cannot be said: %s", volume_id, error)
+            return Standing.UNKNOWN
+        if pool is None:
+            return Standing.OURS
+        try:
+            # opened here and not by pool.run, which calls that wait for this pool may have filled
+            record = self._executors[pool.name].run(lambda: pool.open().find_volume(volume_id))
+        except DriverError as error:
+            log.warning("the record of volume %s cannot be read: %s", volume_id, error)
+            return Standing.UNREACHABLE if self._is_gone(pool) else Standing.UNKNOWN
+        return Standing.TAKEN if self._node.is_stale(volume_id, record) else Standing.OURS
+
+    def is_surely_taken(self, volume_id: str) -> bool:
+        """Say whether a volume's record is there to be read now and says that it was taken away; does not wait long."""
+        try:
+            pool = self._pools.find_owner(volume_id)
+            if pool is None or not pool.health(wait_s=_LOOK_WAIT_S).ok:
+                return False
+        except DriverError:
             return False
-        return node.is_stale(volume_id, pool.run(lambda store: store.find_volume(volume_id)))
-    except DriverError:
-        return False
+        return self.standing(volume_id) is Standing.TAKEN
+
+    def _is_gone(self, pool: Pool) -> bool:
+        """Say whether a pool is not mounted or its client dead; False for one that hangs."""
+        try:
+            return self._executors[pool.name].run(lambda: _is_gone(pool.path))
+        except Unavailable:
+            return False
+
+
+def _is_gone(path: str) -> bool:
+    try:
+        os.statvfs(path)  # not answered from a cache
+    except OSError as error:
+        return error.errno in _GONE_ERRORS
+    return mounts.at(path) is None
 
 
 class Fence:
-    """Looks now and then whether a staged volume was taken away from this node (a forced detach), and ends its daemon.
+    """Looks now and then whether a staged volume was taken away from this node (a forced detach), and cuts it off.
 
     Twice in a row, because a client may show a record as it was a moment ago. Where locks do not reach between hosts
     this is what keeps a node that comes back from writing to what another one uses; it is not instantaneous.
     """
 
-    def __init__(self, node: Node, pools: Pools) -> None:
+    def __init__(self, node: Node, attachments: Attachments) -> None:
         self._node = node
-        self._pools = pools
+        self._attachments = attachments
         self._suspects: set[str] = set()
+        self._fenced: set[str] = set()
+        self._last_look = time.monotonic()
 
     def run_forever(self, every_s: float = FENCE_EVERY_S) -> None:
         """Look every `every_s` seconds for the life of the process."""
         waiter = threading.Event()
         while not waiter.wait(every_s):
-            self.look()
+            try:
+                self.look()
+            except Exception:  # a bug here must not end the looking: the node would write to what is not its own
+                telemetry.UNEXPECTED_ERRORS.labels("Fence").inc()
+                log.exception("the look at the staged volumes failed")
 
     def look(self) -> None:
         """Look once at every staged volume."""
-        taken = {one for one in self._node.staged_volumes() if is_taken_away(self._node, self._pools, one)}
-        for volume_id in taken & self._suspects:
+        taken = {one for one in self._node.staged_volumes() if self._attachments.is_surely_taken(one)}
+        self._fenced &= taken
+        for volume_id in (taken & self._suspects) - self._fenced:
             try:
                 self._node.fence(volume_id)
+                self._fenced.add(volume_id)
             except DriverError as error:
-                log.warning("volume %s was taken away and cannot be ended now: %s", volume_id, error)
+                log.error("volume %s was taken away and cannot be ended now: %s", volume_id, error)
         self._suspects = taken
+        self._last_look = time.monotonic()
+        telemetry.FENCE_LAST_LOOK.set_to_current_time()
+
+    def overdue(self) -> str:
+        """Give the reason why attachments that were taken away may go unseen; an empty text when they do not."""
+        seconds = time.monotonic() - self._last_look
+        if seconds <= FENCE_OVERDUE_S:
+            return ""
+        return "the staged volumes have not been looked at for more than a minute: taken away ones go on writing"
 
 
 def _capability(request: csi.NodeStageVolumeRequest | csi.NodePublishVolumeRequest) -> convert.Capability:

@@ -180,7 +180,7 @@ def test_version_and_help() -> None:
             "metrics-address", "log-level", "log-format",
         }  # fmt: skip
         if command == "node":
-            flags |= {"max-volumes-per-node", "register-dir", "kubelet-dir", "stop-daemons-on-exit"}
+            flags |= {"max-volumes-per-node", "register-dir", "kubelet-dir", "stop-daemons-on-exit", "stop-timeout"}
         for flag in flags:
             assert f"--{flag}" in text
             variables.add("CSI_QUOBYTE_" + flag.upper().replace("-", "_"))

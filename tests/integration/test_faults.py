@@ -394,7 +394,7 @@ def test_create_accepts_exactly_what_get_capacity_says(small_calls: Client) -> N
     fits = answer.available_capacity // MIB * MIB
     assert fits > 0
     assert answer.maximum_volume_size.value == answer.available_capacity
-    fails(Code.RESOURCE_EXHAUSTED, calls.create, "second", fits + MIB, saying="left to provision")
+    fails(Code.RESOURCE_EXHAUSTED, calls.create, "second", fits + MIB, saying="are left; delete volumes")
     second = calls.create("second", fits).volume_id
     fails(Code.RESOURCE_EXHAUSTED, calls.create, "third", MIB, capability=block_capability())
     fails(Code.RESOURCE_EXHAUSTED, calls.expand, first, 600 * MIB + fits)

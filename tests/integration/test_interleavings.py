@@ -32,7 +32,7 @@ from csi_quobyte.pool.records import Content, SnapshotState, VolumeRecord, Volum
 from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store
-from csi_quobyte.rpc.node import Fence
+from csi_quobyte.rpc.node import Attachments, Fence
 from lab.client import Client
 from lab.machine import Machine, StandIn, wait_for
 
@@ -429,7 +429,7 @@ def test_a_forced_detach_ends_the_daemon_after_two_looks(hosts: Hosts) -> None:
     volume = a.kit.create("v", **BLOCK)
     a.stage(volume, a.attach(volume))
     pools = Pools([PoolSpec("main", a.kit.store.root)], require_mount="quobyte-nosize", timeout_s=DEADLINE_S)
-    fence = Fence(a.node, pools)
+    fence = Fence(a.node, Attachments(a.node, pools, timeout_s=DEADLINE_S))
     fence.look()
     fence.look()
     assert a.daemon_pid(volume) is not None, "an attached volume is left alone"

@@ -175,24 +175,33 @@ def daemon_statuses(machine: Machine) -> list[str]:
     return [path.read_text().split()[-1] for path in (machine.base / "state").glob("*/status")]
 
 
-def test_stop_daemons_on_exit_keeps_the_data_of_a_running_pod(machine: Machine, calls: Client) -> None:
+@pytest.mark.parametrize("access_type", ["mount", "block"])
+def test_stop_daemons_on_exit_keeps_the_data_of_a_running_pod(
+    machine: Machine, calls: Client, access_type: str
+) -> None:
+    is_block = access_type == "block"
+    capability = block_capability() if is_block else mount_capability()
     stop_node(machine)
     machine.start_node("--stop-daemons-on-exit")
-    volume = calls.create("drained", VOLUME_BYTES).volume_id
-    target = calls.use(volume)
+    volume = calls.create("drained", VOLUME_BYTES, capability=capability).volume_id
+    target = calls.use(volume, capability=capability)
     data = os.urandom(4 * MIB)
-    (target / "cached").write_bytes(data)  # not synced by the pod: that is the node's duty here
-    assert stop_node(machine) == 0
-    assert machine.daemons() == []
+    # not synced by the pod: that is the node's duty here; and it has the file open until it is killed
+    with (target if is_block else target / "cached").open("r+b" if is_block else "wb", buffering=0) as file:
+        file.write(data)
+        assert stop_node(machine) == 0
+        assert machine.daemons() == []
     assert daemon_statuses(machine) == ["0"]
     machine.start_node()
-    context = calls.attach(volume)
+    context = calls.attach(volume, capability=capability)
     with pytest.raises(grpc.RpcError, match="pod"):
-        calls.stage(volume, context)
+        calls.stage(volume, context, capability=capability)
     for call in (calls.unpublish, calls.unstage, calls.detach):
         eventually(call, volume)
     assert machine.leftovers() == []
-    assert (calls.use(volume) / "cached").read_bytes() == data
+    target = calls.use(volume, capability=capability)
+    with (target if is_block else target / "cached").open("rb") as file:
+        assert file.read(len(data)) == data
     calls.release(volume)
 
 

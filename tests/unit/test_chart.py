@@ -410,8 +410,10 @@ def parsed(command: click.Command, container: Object, monkeypatch: pytest.Monkey
     settings = dict(command.make_context(name, arguments).params)
     pools = options.parse_pools(settings.pop("pool"))
     timeout_s = options.parse_duration_s("--pool-timeout", settings.pop("pool_timeout"))
-    kind = NodeConfig if command is node else Common
-    return kind(pools=pools, pool_timeout_s=timeout_s, **settings)
+    if command is not node:
+        return Common(pools=pools, pool_timeout_s=timeout_s, **settings)
+    stop_s = options.parse_duration_s("--stop-timeout", settings.pop("stop_timeout"))
+    return NodeConfig(pools=pools, pool_timeout_s=timeout_s, stop_timeout_s=stop_s, **settings)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -473,6 +475,7 @@ def test_node_paths_are_the_same_on_the_host(
     assert config.kubelet_endpoint.startswith(f"{config.kubelet_dir}/plugins/{config.driver_name}/")
     assert config.register_dir == f"{config.kubelet_dir}/plugins_registry"
     assert config.stop_daemons_on_exit
+    assert GRACE_S < config.stop_timeout_s < pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("case", CASES)
