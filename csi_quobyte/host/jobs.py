@@ -200,7 +200,7 @@ def copy_chain(
             _raise_if_locked(chain, alone=(), error=error)
             _raise_if_full(target_path, error)
             raise
-        _sync(target_path)
+        qemu_img.sync(target_path)
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _run(tools: QemuTools, plan: _Plan, vigil: _Vigil, speed_bytes_per_s: int | 
         _raise_if_locked(plan.chain, plan.alone, error)
         raise
     for layer in plan.written:
-        _sync(layer.path)
+        qemu_img.sync(layer.path)
 
 
 def _follow(daemon: qsd.PrivateDaemon, plan: _Plan, vigil: _Vigil) -> None:
@@ -442,14 +442,3 @@ def _raise_if_full(path: str, error: Unavailable) -> None:
         return
     if found.f_bavail * found.f_frsize < _FULL_BYTES:
         raise Exhausted(f"no space left: {error}") from error
-
-
-def _sync(path: str) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be made durable: {error}") from error

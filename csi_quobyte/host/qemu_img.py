@@ -176,7 +176,7 @@ def convert(
         raise Unavailable(f"{target_path} cannot be made: {error}") from error
     try:
         command.run([*argv, target_path], timeout_s=timeout_s, limits=_WHOLE_IMAGE_LIMITS)
-        _sync(target_path)
+        sync(target_path)
     except BaseException:
         Path(target_path).unlink(missing_ok=True)
         raise
@@ -214,7 +214,7 @@ def set_backing_name(tools: QemuTools, path: str, name: str | None, backing_form
         timeout_s=INFO_TIMEOUT_S,
         limits=command.QEMU_IMG_LIMITS,
     )
-    _sync(path)
+    sync(path)
 
 
 def chain_json(layers: Sequence[ImageLayer]) -> str:
@@ -267,7 +267,12 @@ def _as_json(completed: command.Completed, argv: Sequence[str]) -> dict[str, Any
     return found
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Make what was written to a file durable.
+
+    Raises:
+        Unavailable: it could not be made so.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
