@@ -26,7 +26,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]  # the script is started by its path, from a tree that is not installed
 
-from csi_quobyte.cli.show import human  # noqa: E402
+from csi_quobyte.pool.sizes import human  # noqa: E402
 from lab.client import Client, mount_capability  # noqa: E402
 from lab.machine import GIB, QEMU_DIR, Machine, mounted_at, wait_for  # noqa: E402
 
