@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 SOFT_DEPTH = 8
 """The collector flattens the head of a chain that is longer."""
 _FLAT_DEPTH = SOFT_DEPTH // 2  # so that not every further snapshot makes the next flattening
-_CHEAP_BYTES = 64 << 20  # moved without asking what it frees
+_CHEAP_BYTES = 256 << 20  # moved without asking what it frees: a second of work, and mkfs.xfs alone writes 64 MiB
 _LOOK_EVERY_S = 0.25  # how long somebody who wants the volume may wait for a job's end
 
 MayGoOn = Callable[[], bool]
