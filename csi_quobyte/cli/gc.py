@@ -22,18 +22,28 @@ from csi_quobyte.pool.store import Store
 @options.pools(required=True)
 @options.require_mount
 @options.qemu_dir
+@click.option("--merge", is_flag=True, help="Also merge layers of deleted snapshots and flatten long chains.")
 @click.option("--dry-run", is_flag=True, help="Only say what could be merged.")
 @options.as_json
-def gc(pool: tuple[str, ...], require_mount: RequireMount, qemu_dir: str | None, dry_run: bool, as_json: bool) -> None:
-    """Finish what crashes have left, drop layers that nothing needs, merge and flatten the others.
+def gc(
+    pool: tuple[str, ...],
+    require_mount: RequireMount,
+    qemu_dir: str | None,
+    merge: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Finish what crashes have left and drop layers that nothing needs, as the controller's collector does by itself.
 
-    Does what the controller's collector does by itself; both may run at once, and one of them merges. Volumes that are
-    attached are left alone.
+    With --merge also fold the layers of deleted snapshots into others. That is not finished: see docs/decisions/0018
+    for what can go wrong. Volumes that are attached are left alone.
     """
     tools = find_tools(qemu_dir)
     with open_pools(pool, require_mount) as opened:
         for one, store in opened:
-            done: Iterator[Collected | Plan] = _plans(store) if dry_run else collector.collect(store, tools)
+            done: Iterator[Collected | Plan] = (
+                _plans(store) if dry_run else collector.collect(store, tools, merges=merge)
+            )
             for step in done:
                 _print(one.name, step, dry_run, as_json)
 

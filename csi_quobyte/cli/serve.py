@@ -44,7 +44,13 @@ RETRY_POOL_S = 10.0
 
 @click.command()
 @options.serving
-def controller(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> None:
+@options.option(
+    "--merge-layers",
+    is_flag=True,
+    default=False,
+    help="Merge the layers of deleted snapshots. Not finished: docs/decisions/0018 says what can go wrong.",
+)
+def controller(pool_timeout: str, pool: tuple[str, ...], merge_layers: bool, **settings: Any) -> None:
     """Serve the CSI Controller: volumes, snapshots, attachments. Needs no privileges."""
     command.isolate()
     config = Common(
@@ -55,7 +61,7 @@ def controller(pool_timeout: str, pool: tuple[str, ...], **settings: Any) -> Non
     telemetry.setup_logging(config.log_level, config.log_format == "json")
     tools = find_tools(config.qemu_dir)
     pools = Pools(config.pools, require_mount=config.require_mount, timeout_s=config.pool_timeout_s)
-    collectors = {one.name: Collector(one, tools) for one in pools.all}
+    collectors = {one.name: Collector(one, tools, merges=merge_layers) for one in pools.all}
     identity = IdentityService(config.driver_name, pools)
 
     def stop() -> bool:

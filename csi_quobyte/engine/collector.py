@@ -63,10 +63,16 @@ class Report:
 class Collector:
     """The collector thread of one pool; started once, stopped with `stop`."""
 
-    def __init__(self, pool: Pool, tools: QemuTools, *, speed_bytes_per_s: int | None = None) -> None:
-        """`speed_bytes_per_s` limits what merging layers moves."""
+    def __init__(
+        self, pool: Pool, tools: QemuTools, *, merges: bool = False, speed_bytes_per_s: int | None = None
+    ) -> None:
+        """Without `merges` it begins no merge, and still ends what another has begun.
+
+        `speed_bytes_per_s` limits what merging moves.
+        """
         self._pool = pool
         self._tools = tools
+        self._merges = merges
         self._speed_bytes_per_s = speed_bytes_per_s
         self._lease = Lease()
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -110,7 +116,7 @@ class Collector:
                 return self._merge_all(store)
             dropped = layers.drop_upwards(store, layer_id)
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
-            if not dropped and (plan := _plan_near(store, layer_id)):
+            if not dropped and self._merges and (plan := _plan_near(store, layer_id)):
                 with self._holding(store) as held:
                     return self._merge(store, plan) if held else True
             # a layer that is still there is referred to, or something was in the way of dropping it
@@ -134,14 +140,18 @@ class Collector:
 
     def _merge_all(self, store: Store) -> bool:
         """End the merges that a crash has left, then do what else can be done; False: try again soon."""
+        found = index_module.read(store)
+        if found.unreadable:
+            return True  # what cannot be read may be what refers to a layer
+        if not self._merges and not any(layer.merge for layer in found.layers.values()):
+            return True
         with self._holding(store) as held:
             if not held:
                 return True
-            found = index_module.read(store)
-            if found.unreadable:
-                return True  # what cannot be read may be what refers to a layer
             if resume_merges(store, self._tools, found):
                 found = index_module.read(store)
+            if not self._merges:
+                return True
             results = [self._merge(store, plan) for plan in plans(store, found) if not self._stopping.is_set()]
             return all(results)
 
@@ -205,8 +215,8 @@ class Collected:
     report: Report
 
 
-def collect(store: Store, tools: QemuTools) -> Iterator["Collected | Plan"]:
-    """Do at once all that the collector would do, and give each thing when it is done.
+def collect(store: Store, tools: QemuTools, *, merges: bool) -> Iterator["Collected | Plan"]:
+    """Do at once all that the collector would do, with or without `merges`, and give each thing when it is done.
 
     Raises:
         Busy: another process does this now.
@@ -223,7 +233,7 @@ def collect(store: Store, tools: QemuTools) -> Iterator["Collected | Plan"]:
             if found.unreadable:
                 return  # what cannot be read may be what refers to a layer
             busy = bool(report) or bool(resume_merges(store, tools, found))
-            for plan in plans(store, found):
+            for plan in plans(store, found) if merges else ():
                 if merging.merge(store, tools, plan, may_go_on=lambda: lease.is_safe(store)):
                     busy = True
                     yield plan

@@ -289,12 +289,12 @@ def test_gc_collects_and_merges_everything(kit: Kit) -> None:
     two_layers(kit)
     kit.create("deleted")
     kit.delete("deleted")
-    done = list(collector.collect(kit.store, tools()))
+    done = list(collector.collect(kit.store, tools(), merges=True))
     assert [step.kind for step in done if isinstance(step, merging.Plan)] == ["up"]
     assert sum(step.report.layers for step in done if isinstance(step, collector.Collected)) >= 1
     assert len(kit.chain("v")) == 1
     assert kit.holds("v", 1, 2)
-    assert list(collector.collect(kit.store, tools())) == []
+    assert list(collector.collect(kit.store, tools(), merges=True)) == []
 
 
 def gc(kit: Kit, *arguments: str) -> str:
@@ -311,7 +311,9 @@ def test_gc_by_hand_says_what_it_would_do_and_does_it(kit: Kit) -> None:
     assert (would["pool"], would["dry_run"], would["kind"], would["layer"]) == ("main", True, "up", plan.layer)
     assert f"layer {plan.layer} would go up" in gc(kit, "--dry-run")
     assert len(kit.chain("v")) == 2
-    assert f"layer {plan.layer} went up" in gc(kit)
-    assert len(kit.chain("v")) == 1
     assert gc(kit) == ""
+    assert len(kit.chain("v")) == 2  # merging has to be asked for
+    assert f"layer {plan.layer} went up" in gc(kit, "--merge")
+    assert len(kit.chain("v")) == 1
+    assert gc(kit, "--merge") == ""
     assert kit.holds("v", 1, 2)
