@@ -9,6 +9,7 @@ import os
 import subprocess
 import time
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from csi_quobyte.engine import check as check_module
@@ -45,8 +46,9 @@ _QEMU_IO_TIMEOUT_S = 20
 Tree = dict[str, str]
 
 
+@cache
 def tools() -> qemu.QemuTools:
-    """The QEMU that the tests use."""
+    """The QEMU that the tests use; looked for once, because it is asked for its version."""
     return qemu.find_tools(QEMU_DIR)
 
 
@@ -245,8 +247,9 @@ class Kit:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                resumed = collector.resume_merges(self.store, tools(), index.read(self.store))
-                if not collector.sweep(self.store) and not resumed and "stale-claim" not in self.findings():
+                for layer_id in list(self.store.layer_ids()):
+                    merging.resume(self.store, tools(), layer_id)
+                if not collector.sweep(self.store) and "stale-claim" not in self.findings():
                     return
             except Busy:
                 pass
