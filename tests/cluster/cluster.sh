@@ -322,7 +322,9 @@ The cluster is up and the driver is installed in it. To work with it:
   kubectl get nodes,storageclasses,volumesnapshotclasses
   kubectl -n $namespace get pods
   kubectl apply -f $root/deploy/examples/disk.yaml      # a claim, and a pod that writes to it
-There is no registry: pods can use the image busybox:stable. End it with: make cluster-down
+snapshot.yaml and restore.yaml beside it go on from there. There is no registry: pods can use the image busybox:stable.
+Of the three pools one is not mounted, for trying that: csi-quobyte check, tree and doctor say so; for one pool give them
+--pool disks=/pools/disks/disks. End it with: make cluster-down
 TEXT
 }
 
