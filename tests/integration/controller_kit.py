@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from csi_quobyte.engine import check as check_module
 from csi_quobyte.engine import collector, index, merging
-from csi_quobyte.errors import Busy
+from csi_quobyte.errors import Busy, Corrupt
 from csi_quobyte.host import qemu, qemu_img
 from csi_quobyte.operations import snapshots, volumes
 from csi_quobyte.operations.capacity import Provisioned
@@ -248,7 +249,8 @@ class Kit:
         while True:
             try:
                 for layer_id in list(self.store.layer_ids()):
-                    merging.resume(self.store, tools(), layer_id)
+                    with suppress(Corrupt):  # a torn record notes no merge
+                        merging.resume(self.store, tools(), layer_id)
                 if not collector.sweep(self.store) and "stale-claim" not in self.findings():
                     return
             except Busy:
