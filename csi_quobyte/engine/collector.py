@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -88,6 +88,12 @@ class Collector:
     def release(self, layer_id: str | None) -> None:
         """Tell that a layer has lost a reference (None: look at everything). Returns at once."""
         self._released.put(layer_id)
+
+    def closed(self, layer_ids: Sequence[str]) -> None:
+        """Tell that a node has closed these layers: merges that waited for that can be done. Returns at once."""
+        if self._merges:  # none of them has lost a reference, so there is nothing else to do
+            for layer_id in layer_ids:
+                self._released.put(layer_id)
 
     def stop(self, timeout_s: float) -> bool:
         """End after the step at hand; False if that takes longer than the time limit."""

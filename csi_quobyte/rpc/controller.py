@@ -111,8 +111,7 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         if pool := self._pools.find_owner(volume_id):
             taken = self._reservations.take(volume_id)
             closed = pool.run(lambda store: volumes.detach(store, volume_id, request.node_id), finished=taken)
-            for layer_id in closed:
-                self._collectors[pool.name].release(layer_id)
+            self._collectors[pool.name].closed(closed)
         return csi.ControllerUnpublishVolumeResponse()
 
     def ValidateVolumeCapabilities(
