@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # The parts of `test` run one after the other, in the order of the list, also with -j.
 .NOTPARALLEL:
-.PHONY: crash cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
+.PHONY: crash power-loss cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
 CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
@@ -50,6 +50,10 @@ sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 crash: setup ## every operation and merge killed before each durable step, and 30 times in each kind of merge
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 3600 crash -- \
 	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py tests/integration/test_crash_merges.py
+
+power-loss: setup ## a power cut after every write, fsync and rename of every operation, what was not synced lost or torn
+	@CSI_QUOBYTE_POWER_CUTS=0 $(CONTAINED) 3600 power-loss -- \
+	  $(PYTHON) -m pytest --timeout 1800 -q -s tests/integration/test_power_loss.py
 
 ##@ On a real Kubernetes (two nodes on this machine, without a registry; the first time builds it: 15 to 20 minutes)
 cluster-test: cluster-parts ## install the chart and follow volumes through their life, crashes and upgrades included
