@@ -8,21 +8,19 @@ import click
 from csi_quobyte.cli import options
 from csi_quobyte.cli.opening import open_pools
 from csi_quobyte.engine import collector
-from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine.collector import Collected
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.host.qemu import find_tools
 from csi_quobyte.pool.mount import RequireMount
 from csi_quobyte.pool.records import FORMAT
 from csi_quobyte.pool.sizes import human
-from csi_quobyte.pool.store import Store
 
 
 @click.command()
 @options.pools(required=True)
 @options.require_mount
 @options.qemu_dir
-@click.option("--merge", is_flag=True, help="Also merge layers of deleted snapshots and flatten long chains.")
+@click.option("--merge/--no-merge", default=True, help="Merge layers of deleted snapshots, flatten long chains. [yes]")
 @click.option("--dry-run", is_flag=True, help="Only say what could be merged.")
 @options.as_json
 def gc(
@@ -35,21 +33,17 @@ def gc(
 ) -> None:
     """Finish what crashes have left and drop layers that nothing needs, as the controller's collector does by itself.
 
-    With --merge also fold the layers of deleted snapshots into others. That is not finished: see docs/decisions/0018
-    for what can go wrong. Volumes that are attached are left alone.
+    Also fold the layers of deleted snapshots into others where that pays. Volumes that are attached, or were a minute
+    ago, are left alone.
     """
     tools = find_tools(qemu_dir)
     with open_pools(pool, require_mount) as opened:
         for one, store in opened:
             done: Iterator[Collected | Plan] = (
-                _plans(store) if dry_run else collector.collect(store, tools, merges=merge)
+                iter(collector.plans(store)) if dry_run else collector.collect(store, tools, merges=merge)
             )
             for step in done:
                 _print(one.name, step, dry_run, as_json)
-
-
-def _plans(store: Store) -> Iterator[Plan]:
-    yield from collector.plans(store, index_module.read(store))
 
 
 def _print(pool: str, step: Collected | Plan, dry_run: bool, as_json: bool) -> None:

@@ -107,3 +107,19 @@ def parse_duration_s(flag: str, text: str) -> float:
         return float(number) * _UNITS_S[text[len(number) :] or "s"]
     except (ValueError, KeyError) as error:
         raise InvalidArgument(f"{flag} {text!r} is not a time such as 30s, 500ms or 2m") from error
+
+
+_UNITS_BYTES = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+
+
+def parse_size_bytes(flag: str, text: str) -> int:
+    """Read a size such as 100Mi or 2Gi (a bare number is bytes).
+
+    Raises:
+        InvalidArgument: it is not of that form.
+    """
+    number = text.rstrip("KMGTi")
+    try:
+        return int(number) * _UNITS_BYTES[text[len(number) :]]
+    except (ValueError, KeyError) as error:
+        raise InvalidArgument(f"{flag} {text!r} is not a size such as 100Mi or 2Gi") from error

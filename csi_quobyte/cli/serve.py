@@ -19,8 +19,9 @@ from csi_quobyte import __version__, telemetry
 from csi_quobyte.cli import options
 from csi_quobyte.config import Common, NodeConfig, parse_address
 from csi_quobyte.engine.collector import Collector
-from csi_quobyte.errors import DriverError, Unavailable
+from csi_quobyte.errors import DriverError, InvalidArgument, Unavailable
 from csi_quobyte.host import command
+from csi_quobyte.host.jobs import MINIMUM_SPEED_BYTES_PER_S
 from csi_quobyte.host.qemu import QemuTools, find_tools, gate
 from csi_quobyte.host.qsd import Daemons
 from csi_quobyte.host.staged import StagedNotes
@@ -45,12 +46,19 @@ RETRY_POOL_S = 10.0
 @click.command()
 @options.serving
 @options.option(
-    "--merge-layers",
-    is_flag=True,
-    default=False,
-    help="Merge the layers of deleted snapshots. Not finished: docs/decisions/0018 says what can go wrong.",
+    "--merge-layers/--no-merge-layers",
+    default=True,
+    help="Merge the layers of deleted snapshots and shorten long chains, while no node has them open.",
 )
-def controller(pool_timeout: str, pool: tuple[str, ...], merge_layers: bool, **settings: Any) -> None:
+@options.option(
+    "--merge-bandwidth",
+    default="",
+    metavar="SIZE",
+    help="How much merging may move in a second, in each pool, such as 100Mi; at least 1Mi. No limit by default.",
+)
+def controller(
+    pool_timeout: str, pool: tuple[str, ...], merge_layers: bool, merge_bandwidth: str, **settings: Any
+) -> None:
     """Serve the CSI Controller: volumes, snapshots, attachments. Needs no privileges."""
     command.isolate()
     config = Common(
@@ -61,7 +69,10 @@ def controller(pool_timeout: str, pool: tuple[str, ...], merge_layers: bool, **s
     telemetry.setup_logging(config.log_level, config.log_format == "json")
     tools = find_tools(config.qemu_dir)
     pools = Pools(config.pools, require_mount=config.require_mount, timeout_s=config.pool_timeout_s)
-    collectors = {one.name: Collector(one, tools, merges=merge_layers) for one in pools.all}
+    speed_bytes_per_s = _merge_speed_bytes_per_s(merge_bandwidth)
+    collectors = {
+        one.name: Collector(one, tools, merges=merge_layers, speed_bytes_per_s=speed_bytes_per_s) for one in pools.all
+    }
     identity = IdentityService(config.driver_name, pools)
 
     def stop() -> bool:
@@ -72,6 +83,20 @@ def controller(pool_timeout: str, pool: tuple[str, ...], merge_layers: bool, **s
         collector.start()
     services = controller_services(identity, ControllerService(pools, collectors))
     _serve(config, identity, services, stop)
+
+
+def _merge_speed_bytes_per_s(text: str) -> int | None:
+    """Read --merge-bandwidth; None: no limit.
+
+    Raises:
+        InvalidArgument: it is no size, or less than a job can be held to.
+    """
+    if not text:
+        return None
+    speed_bytes_per_s = options.parse_size_bytes("--merge-bandwidth", text)
+    if speed_bytes_per_s < MINIMUM_SPEED_BYTES_PER_S:
+        raise InvalidArgument(f"--merge-bandwidth {text!r} is less than 1Mi")
+    return speed_bytes_per_s
 
 
 @click.command()

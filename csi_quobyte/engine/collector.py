@@ -1,8 +1,9 @@
 """The collector: removes what nothing refers to, and finishes what a crash has left half done.
 
 One thread per pool in the controller. A delete tells it which layer has lost a reference, and it drops that and what
-becomes unreferenced below it; now and then, and at the start, it looks at everything. It never delays a call, takes
-each object's lock before it touches it (Busy: next time), and every step of it can be repeated after a crash.
+becomes unreferenced below it, or lets the merger (engine/merger) have a look; now and then, and at the start, it looks
+at everything. It never delays a call, takes each object's lock before it touches it (Busy: next time), and every step
+of it can be repeated after a crash.
 
 While any record of the pool cannot be read, nothing whose owner is unknown is removed: the unreadable record may be
 the owner.
@@ -21,6 +22,7 @@ from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine import layers, merging, removal
 from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.engine.lease import Lease
+from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.errors import Busy, DriverError, Exhausted
 from csi_quobyte.host.qemu import QemuTools
@@ -42,7 +44,7 @@ AGAIN_AFTER_S = 15.0  # after a piece of work that failed or was in somebody's w
 _PASSES_AT_MOST = 5
 # between passes when a claim is in the way: some passes later it counts as a dead process's
 _CLAIM_PAUSE_S = 1.0
-_LEASE = "collector"
+_LOCK = "collector"
 
 
 @dataclass
@@ -61,20 +63,14 @@ class Report:
 
 
 class Collector:
-    """The collector thread of one pool; started once, stopped with `stop`."""
+    """The collector thread of one pool, and its merger; started once, stopped with `stop`."""
 
     def __init__(
-        self, pool: Pool, tools: QemuTools, *, merges: bool = False, speed_bytes_per_s: int | None = None
+        self, pool: Pool, tools: QemuTools, *, merges: bool = True, speed_bytes_per_s: int | None = None
     ) -> None:
-        """Without `merges` it begins no merge, and still ends what another has begun.
-
-        `speed_bytes_per_s` limits what merging moves.
-        """
+        """See `Merger` for `merges` and `speed_bytes_per_s`."""
         self._pool = pool
-        self._tools = tools
-        self._merges = merges
-        self._speed_bytes_per_s = speed_bytes_per_s
-        self._lease = Lease()
+        self._merger = Merger(pool, tools, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._said = ""
@@ -84,6 +80,7 @@ class Collector:
         """Begin with a look at everything."""
         self._released.put(None)
         self._thread.start()
+        self._merger.start()
 
     def release(self, layer_id: str | None) -> None:
         """Tell that a layer has lost a reference (None: look at everything). Returns at once."""
@@ -91,16 +88,17 @@ class Collector:
 
     def closed(self, layer_ids: Sequence[str]) -> None:
         """Tell that a node has closed these layers: merges that waited for that can be done. Returns at once."""
-        if self._merges:  # none of them has lost a reference, so there is nothing else to do
-            for layer_id in layer_ids:
-                self._released.put(layer_id)
+        for layer_id in layer_ids:
+            self._merger.look_at(layer_id, closed=True)
 
     def stop(self, timeout_s: float) -> bool:
         """End after the step at hand; False if that takes longer than the time limit."""
+        until = time.monotonic() + timeout_s
         self._stopping.set()
         self._released.put(None)
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        merger_ended = self._merger.stop(timeout_s)
+        self._thread.join(max(0.0, until - time.monotonic()))
+        return merger_ended and not self._thread.is_alive()
 
     def _run(self) -> None:
         wait_s = PASS_EVERY_S
@@ -118,15 +116,15 @@ class Collector:
         try:
             store = self._pool.open()
             if layer_id is None:
-                self._sweep_until_quiet(store)
-                return self._merge_all(store)
+                self._merger.take(self._sweep_until_quiet(store))
+                return True
             dropped = layers.drop_upwards(store, layer_id)
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
-            if not dropped and self._merges and (plan := _plan_near(store, layer_id)):
-                with self._holding(store) as held:
-                    return self._merge(store, plan) if held else True
-            # a layer that is still there is referred to, or something was in the way of dropping it
-            return bool(dropped) or store.find_layer(layer_id) is None or bool(store.markers(layer_id))
+            if dropped or store.find_layer(layer_id) is None:
+                return True
+            # it is referred to, or something was in the way of dropping it
+            self._merger.look_at(layer_id)
+            return bool(store.markers(layer_id))
         except Busy as error:
             log.info("collector of pool %s: %s", self._pool.name, error)
         except DriverError as error:
@@ -144,74 +142,20 @@ class Collector:
             log.exception("collector of pool %s", self._pool.name)
         return False
 
-    def _merge_all(self, store: Store) -> bool:
-        """End the merges that a crash has left, then do what else can be done; False: try again soon."""
-        found = index_module.read(store)
-        if found.unreadable:
-            return True  # what cannot be read may be what refers to a layer
-        if not self._merges and not any(layer.merge for layer in found.layers.values()):
-            return True
-        with self._holding(store) as held:
-            if not held:
-                return True
-            if resume_merges(store, self._tools, found):
-                found = index_module.read(store)
-            if not self._merges:
-                return True
-            results = [self._merge(store, plan) for plan in plans(store, found) if not self._stopping.is_set()]
-            return all(results)
+    def _sweep_until_quiet(self, store: Store) -> Work:
+        """Look again after a pass that did something: what it removed may have been the last owner of more.
 
-    @contextmanager
-    def _holding(self, store: Store) -> Iterator[bool]:
-        """Have the right to merge for a while, or give False: another process of this pool has it."""
-        held = self._lease.hold(store)
-        try:
-            yield held
-        finally:
-            self._lease.release(store)
-
-    def _merge(self, store: Store, plan: Plan) -> bool:
-        """Do one merge; False: it is to be tried again soon. The lease is held."""
-        started = time.monotonic()
-
-        def may_go_on() -> bool:
-            return not self._stopping.is_set() and self._lease.is_safe(store)
-
-        try:
-            done = merging.merge(
-                store, self._tools, plan, may_go_on=may_go_on, speed_bytes_per_s=self._speed_bytes_per_s
-            )
-        except Busy as error:  # somebody wants the volume: later
-            log.info("collector of pool %s: %s", self._pool.name, error)
-            return False
-        if done:
-            telemetry.LAYERS_MERGED.labels(self._pool.name, plan.kind).inc()
-            log.info("%s of layer %s took %.1f s", plan.kind, plan.layer, time.monotonic() - started)
-            self.release(plan.parent or plan.child)
-        return True
-
-    def _sweep_until_quiet(self, store: Store) -> None:
-        """Look again after a pass that did something: what it removed may have been the last owner of more."""
+        Gives what the last look has found for the merger.
+        """
         for _ in range(_PASSES_AT_MOST):
-            report = sweep(store)
+            report, found = _sweep(store)
             if not report or self._stopping.is_set():
-                return
+                break
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(report.layers)
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
-
-
-def _plan_near(store: Store, layer_id: str) -> Plan | None:
-    """Give the merge that a layer calls for: its own, or if it is a head, the flattening of what it lies on."""
-    layer = store.find_layer(layer_id)
-    if layer is None or layer.state is not LayerState.HEAD:
-        return merging.plan_for(store, layer_id)
-    for marker in map(parse_marker, store.markers(layer_id) or []):
-        volume = store.find_volume(marker.id) if marker and marker.kind == "v" else None
-        if volume and volume.head == layer_id:
-            return merging.plan_flattening(store, volume)
-    return None
+        return work_in(found, store)
 
 
 @dataclass(frozen=True)
@@ -230,17 +174,20 @@ def collect(store: Store, tools: QemuTools, *, merges: bool) -> Iterator["Collec
     lease = Lease()
     try:
         while True:
-            report = sweep(store)
+            report, found = _sweep(store)
             if report:
                 yield Collected(report)
+                continue
+            work = work_in(found, store)
+            if not work.begun and not work.left and not (merges and work.free):
+                return
             if not lease.hold(store):
                 raise Busy("another process merges layers in this pool at this moment")
-            found = index_module.read(store)
-            if found.unreadable:
-                return  # what cannot be read may be what refers to a layer
-            busy = bool(report) or bool(resume_merges(store, tools, found))
-            for plan in plans(store, found) if merges else ():
-                if merging.merge(store, tools, plan, may_go_on=lambda: lease.is_safe(store)):
+            rest = end_begun(store, tools, work)
+            busy = (rest.begun, rest.left) != (work.begun, work.left)
+            for layer_id in work.free if merges else ():
+                plan = plan_near(store, layer_id)
+                if plan and merging.merge(store, tools, plan, is_held=lambda: lease.is_safe(store)):
                     busy = True
                     yield plan
             if not busy:
@@ -249,21 +196,10 @@ def collect(store: Store, tools: QemuTools, *, merges: bool) -> Iterator["Collec
         lease.release(store)
 
 
-def plans(store: Store, found: Index) -> list[Plan]:
+def plans(store: Store) -> list[Plan]:
     """Give the merges that a pool's contents call for, those that move the least first."""
-    free = [layer_id for layer_id in found.layers if layer_id not in found.held_layers]
-    whole = [volume for volume in found.volumes.values() if volume.head in found.layers]
-    wanted = [merging.plan_for(store, layer_id) for layer_id in free]
-    wanted += [merging.plan_flattening(store, volume) for volume in whole]
-    return sorted((plan for plan in wanted if plan), key=lambda plan: plan.bytes)
-
-
-def resume_merges(store: Store, tools: QemuTools, found: Index) -> int:
-    """Finish or undo the merges that a crash has ended; gives how many. Only for who holds the lease."""
-    begun = sorted(layer.id for layer in found.layers.values() if layer.merge)
-    for layer_id in begun:
-        merging.resume(store, tools, layer_id)
-    return len(begun)
+    work = work_in(index_module.read(store), store)
+    return [plan for layer_id in work.free if (plan := plan_near(store, layer_id))]
 
 
 def sweep(store: Store) -> Report:
@@ -272,7 +208,12 @@ def sweep(store: Store) -> Report:
     Raises:
         Busy: another collector is at work on this pool.
     """
-    with store.lock(_LEASE):
+    return _sweep(store)[0]
+
+
+def _sweep(store: Store) -> tuple[Report, Index]:
+    """Do what `sweep` does, and give what was found last, too."""
+    with store.lock(_LOCK):
         report = Report()
         found = index_module.read(store)
         _finish_deletes(store, found, report)
@@ -292,7 +233,7 @@ def sweep(store: Store) -> Report:
             _drop_unreferenced(store, found, report)
             _remove_orphan_files(store, found, report)
         _clean_temporaries(store, report)
-        return report
+        return report, found
 
 
 @contextmanager
@@ -383,12 +324,8 @@ def _is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
     """Say whether the record that a marker names justifies it at this moment."""
     match marker.kind:
         case "c":
-            child = store.find_layer(marker.id)
-            if child is None or child.parent == layer_id:
-                return child is not None
-            above = store.find_layer(child.parent) if child.parent else None
-            notes = [layer.merge for layer in (child, above) if layer and layer.merge]
-            return any((merge.child, merge.parent) == (child.id, layer_id) for merge in notes)
+            # One of a child with another parent is left by a merge, or a merge is about to need it: see merger.
+            return store.find_layer(marker.id) is not None
         case "s":
             snapshot = store.find_snapshot(marker.id)
             return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id

@@ -24,6 +24,7 @@ from csi_quobyte.pool.records import (
     VolumeRecord,
     VolumeState,
     child_marker,
+    parse_marker,
     volume_marker,
 )
 from csi_quobyte.pool.store import Store
@@ -135,8 +136,8 @@ def check_depth(store: Store, head: str) -> None:
     depth = len(chain_of(head, store.find_layer))
     if depth >= HARD_DEPTH:
         raise Exhausted(
-            f"the volume already lies on {depth} layers, the most that is supported; "
-            f"copy its data into a new volume to go on taking snapshots"
+            f"the volume already lies on {depth} layers, the most that is supported; while it is detached its chain is "
+            f"shortened, so detach it and try again in a few minutes, or copy its data into a new volume"
         )
 
 
@@ -156,23 +157,56 @@ def untouched_parent(store: Store, volume: VolumeRecord) -> LayerRecord | None:
 
 
 def intent_is_outdated(
-    store: Store, volume_id: str, *, head: str, next_id: str, size_bytes: int, content: Content | None
+    store: Store, volume_id: str, *, layer_id: str, next_id: str | None, size_bytes: int, content: Content | None
 ) -> bool:
-    """Say whether a volume was grown or formatted after an intent to freeze its `head` was written, and not frozen.
+    """Say whether an intent to refer to a volume's contents describes something that it would not give any more.
 
-    Such an intent describes something that the freeze would not give any more, and its overlay `next_id` may be
-    smaller than the layer it is to lie on. It is undone and written anew.
+    `next_id`: the overlay by which the volume's head `layer_id` is to be frozen; None: that head was untouched, and
+    `layer_id` is the layer below it. An intent is outdated when the volume was grown or formatted since, its overlay
+    may then be smaller than the layer it is to lie on; and one without an overlay also when the volume has moved on
+    from an untouched head over that layer: until it is marked, merges may change the layer. An outdated intent is
+    undone and written anew.
     """
     volume = store.find_volume(volume_id)
-    if volume is None or volume.head != head:
+    if next_id is None:
+        return volume is None or not _is_untouched_over(store, volume, layer_id, size_bytes, content)
+    if volume is None or volume.head != layer_id:
         return False
-    overlay = _overlay_record(next_id, parent_id=head, size_bytes=size_bytes)
+    overlay = _overlay_record(next_id, parent_id=layer_id, size_bytes=size_bytes)
     is_made = store.image_bytes(overlay) is not None
     return (
         volume.size_bytes > size_bytes
         or (is_made and images.virtual_size_bytes(store, overlay) < volume.size_bytes)
         or store.content(volume) != content
     )
+
+
+def _is_untouched_over(
+    store: Store, volume: VolumeRecord, layer_id: str, size_bytes: int, content: Content | None
+) -> bool:
+    """Say whether a volume is a detached one whose untouched head lies on a layer, not grown and with this content."""
+    if volume.state is not VolumeState.READY or volume.attachments:
+        return False
+    if volume.size_bytes > size_bytes or store.content(volume) != content:
+        return False
+    head = store.layer(volume.head)
+    return head.parent == layer_id and images.is_untouched(store, head)
+
+
+def check_still_untouched(
+    store: Store, volume_id: str, layer_id: str, *, size_bytes: int, content: Content | None
+) -> None:
+    """Check, after a layer below an untouched head was marked, that it holds what the intent saw, now and for good.
+
+    Raises:
+        Busy: the volume has moved on, or a merge into the layer may be under way.
+    """
+    if intent_is_outdated(store, volume_id, layer_id=layer_id, next_id=None, size_bytes=size_bytes, content=content):
+        raise Busy(f"volume {volume_id} has changed since this was begun; try again")
+    for marker in map(parse_marker, store.markers(layer_id) or []):
+        child = store.find_layer(marker.id) if marker and marker.kind == "c" else None
+        if child and child.merge and child.merge.kind == "down" and child.merge.parent == layer_id:
+            raise Busy(f"layer {child.id} is being merged into {layer_id}; it stops for this call, try again")
 
 
 def check_not_merging(store: Store, layer: LayerRecord) -> None:

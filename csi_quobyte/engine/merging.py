@@ -14,7 +14,9 @@ crash between any two of them:
 - Whoever wants to use a layer makes a marker or an attachment first and reads the layer's state then; the merge writes
   the state first and looks for markers and attachments then. So one of the two sees the other.
 
-One process of a pool merges (engine/lease).
+One process of a pool merges: who holds its lease (engine/lease). One that has lost it without noticing can do no harm:
+its daemon is dead by then, and its commit reads the child before the layer, while who undoes it writes the layer before
+the child, so that one of its two comparisons fails.
 """
 
 import logging
@@ -24,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from csi_quobyte.engine import layers
-from csi_quobyte.errors import Busy
+from csi_quobyte.errors import Busy, Refused
 from csi_quobyte.host import jobs, qemu_img
 from csi_quobyte.host.qemu import ImageLayer, QemuTools
 from csi_quobyte.pool import images
@@ -36,6 +38,7 @@ from csi_quobyte.pool.records import (
     VolumeRecord,
     VolumeState,
     child_marker,
+    now,
     parse_marker,
     same_version,
 )
@@ -48,8 +51,11 @@ SOFT_DEPTH = 8
 _FLAT_DEPTH = SOFT_DEPTH // 2  # so that not every further snapshot makes the next flattening
 _CHEAP_BYTES = 256 << 20  # moved without asking what it frees: a second of work, and mkfs.xfs alone writes 64 MiB
 _LOOK_EVERY_S = 0.25  # how long somebody who wants the volume may wait for a job's end
+GRACE_S = 60.0
+"""So long after a detachment a volume is left alone: a node from which it was taken by force may write until it is
+fenced (20 s), and the clocks of two hosts differ."""
 
-MayGoOn = Callable[[], bool]
+Ask = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -125,17 +131,28 @@ def _allocated(store: Store, layer: LayerRecord) -> int:
 
 
 def merge(
-    store: Store, tools: QemuTools, plan: Plan, *, may_go_on: MayGoOn, speed_bytes_per_s: int | None = None
+    store: Store,
+    tools: QemuTools,
+    plan: Plan,
+    *,
+    is_held: Ask,
+    may_go_on: Ask = lambda: True,
+    speed_bytes_per_s: int | None = None,
 ) -> bool:
     """Do a merge; False if it is not possible now. What was begun is finished or undone, also after an error.
 
+    `is_held` says whether the caller still holds the lease: without it nothing is written any more, and whoever holds
+    it ends what was begun. `may_go_on` is asked while data is moved.
+
     Raises:
-        Stopped: `may_go_on` said no, or somebody wants to use the chain.
+        Stopped: `is_held` or `may_go_on` said no, or somebody wants to use the chain.
         Exhausted, Unavailable, Busy, Corrupt: see host/jobs; it was undone.
     """
     layer = store.find_layer(plan.layer)
     wanted = LayerState.HEAD if plan.kind == "flatten" else LayerState.FROZEN
     if layer is None or layer.state is not wanted or layer.merge or not _still_fits(store, layer, plan):
+        return False
+    if _is_in_use(store, plan.child):  # what counts is the look after the note; this one saves writing it
         return False
     noted = Merge(kind=plan.kind, child=plan.child, parent=plan.parent)
     state = LayerState.HEAD if plan.kind == "flatten" else LayerState.MERGING
@@ -144,11 +161,13 @@ def merge(
     try:
         if not _is_free(store, layer, noted):
             return False
-        _move(store, tools, layer, noted, may_go_on, speed_bytes_per_s)
-        _commit(store, layer, noted)
+        _move(store, tools, layer, noted, lambda: is_held() and may_go_on(), speed_bytes_per_s)
+        _commit(store, layer, noted, is_held)
         return True
     finally:
-        resume(store, tools, layer.id)
+        current = store.find_layer(layer.id)
+        if is_held() and current and same_version(current, layer):
+            resume(store, tools, layer.id)
 
 
 def _still_fits(store: Store, layer: LayerRecord, plan: Plan) -> bool:
@@ -169,7 +188,7 @@ def _is_free(store: Store, layer: LayerRecord, noted: Merge) -> bool:
         return False
     if child.state is LayerState.HEAD and not _has_quiet_owner(store, child):
         return False
-    return not _is_open(store, child.id)
+    return not _is_in_use(store, child.id)
 
 
 def _has_quiet_owner(store: Store, head: LayerRecord) -> bool:
@@ -181,8 +200,12 @@ def _has_quiet_owner(store: Store, head: LayerRecord) -> bool:
     return volume is not None and volume.head == head.id and volume.state is VolumeState.READY
 
 
-def _is_open(store: Store, layer_id: str) -> bool:
-    """Say whether a volume that lies on a layer is attached. Every ready volume has its marker in its head."""
+def _is_in_use(store: Store, layer_id: str) -> bool:
+    """Say whether somebody may have a layer open: a node, or something that is being made from it or reads it.
+
+    Every ready volume has its marker in its head. A child marker without a layer is one of a reader or of a layer that
+    is being made.
+    """
     seen: set[str] = set()
     todo = [layer_id]
     while todo:
@@ -190,12 +213,34 @@ def _is_open(store: Store, layer_id: str) -> bool:
         seen.add(current)
         for marker in map(parse_marker, store.markers(current) or []):
             if marker and marker.kind == "c" and marker.id not in seen:
+                if store.find_layer(marker.id) is None:
+                    return True
                 todo.append(marker.id)
             elif marker and marker.kind == "v":
                 volume = store.find_volume(marker.id)
-                if volume and volume.attachments:
+                if volume and (volume.attachments or is_in_grace(volume)):
                     return True
     return False
+
+
+def is_in_grace(volume: VolumeRecord) -> bool:
+    """Say whether a volume was detached so lately that a lost node may still write to it."""
+    return volume.detached_at is not None and (now() - volume.detached_at).total_seconds() < GRACE_S
+
+
+def _check_not_written(store: Store, *ids: str | None) -> None:
+    """Check that no storage daemon has one of these layers open for writing, as far as the mount's locks tell.
+
+    Raises:
+        Busy: one has.
+    """
+    for layer_id in ids:
+        layer = store.find_layer(layer_id) if layer_id else None
+        if layer and layer.state is not LayerState.RETIRED:
+            try:
+                store.check_not_written(layer)
+            except Refused as error:
+                raise Busy(str(error)) from error
 
 
 def _move(
@@ -203,11 +248,12 @@ def _move(
     tools: QemuTools,
     layer: LayerRecord,
     noted: Merge,
-    may_go_on: MayGoOn,
+    may_go_on: Ask,
     speed_bytes_per_s: int | None,
 ) -> None:
     """Move the data; durable on return, and the records are as they were."""
     child = store.layer(noted.child)
+    _check_not_written(store, child.id, layer.id, noted.parent)
     chain = tuple(reversed(chain_of(child.id, store.find_layer)))
     images.check_chain(store, chain)
     opened = [ImageLayer(one.id, store.image_path(one), one.format) for one in chain]
@@ -240,20 +286,53 @@ def _move(
         )  # fmt: skip
 
 
-def _commit(store: Store, layer: LayerRecord, noted: Merge) -> None:
-    """Give the child its new parent: the one step that makes the merge true."""
-    if noted.parent:
-        store.mark(noted.parent, child_marker(noted.child))
-    child, current = store.layer(noted.child), store.layer(layer.id)
-    if not same_version(current, layer):
+def _commit(store: Store, layer: LayerRecord, noted: Merge, is_held: Ask) -> None:
+    """Give the child its new parent: the one step that makes the merge true.
+
+    The child is read before the layer is compared: `_undo` writes them in the other order.
+    """
+    child = store.layer(noted.child)
+    current = store.layer(layer.id)
+    if not same_version(current, layer) or not is_held():
         raise Busy(f"the merge of layer {layer.id} was given up by another process")
     before = child.parent
+    if noted.parent:
+        store.mark(noted.parent, child_marker(child.id))
     # for a flattening the child is the layer with the note, which goes in the same step
-    store.swap(child, replace(child, parent=noted.parent, merge=None))
+    child = store.swap(child, replace(child, parent=noted.parent, merge=None))
     log.info("layer %s has the parent %s now (%s of %s)", child.id, noted.parent, noted.kind, layer.id)
     if noted.kind == "flatten" and before:
-        # die here: a marker without a need, which the collector removes
-        store.unmark(before, child_marker(child.id))
+        # die here: a marker without a need, which `tidy` removes
+        _leave(store, before, child)
+
+
+def _leave(store: Store, parent_id: str, child: LayerRecord) -> None:
+    """Take the marker of a child out of its old parent.
+
+    The new parent's is made once more before: somebody may have looked before the child's record named that parent, and
+    have removed it as stale since.
+    """
+    if child.parent:
+        store.mark(child.parent, child_marker(child.id))
+    store.unmark(parent_id, child_marker(child.id))
+
+
+def tidy(store: Store, layer_id: str, child_id: str) -> bool:
+    """Remove the marker of a child that has another parent; says whether it did. Only for who holds the lease.
+
+    Raises:
+        Busy: the child's record changes at this moment.
+    """
+    child, layer = store.find_layer(child_id), store.find_layer(layer_id)
+    if child is None or layer is None or child.parent == layer_id or child.merge:
+        return False
+    above = store.find_layer(child.parent) if child.parent else None
+    if above and above.merge and (above.merge.child, above.merge.parent) == (child_id, layer_id):
+        return False
+    # A commit that another process is in the middle of loses its compare-and-set.
+    child = store.swap(child, child)
+    store.unmark(layer_id, child_marker(child_id))
+    return True
 
 
 # --- ending one ------------------------------------------------------------------------------------------------
@@ -262,13 +341,17 @@ def _commit(store: Store, layer: LayerRecord, noted: Merge) -> None:
 def resume(store: Store, tools: QemuTools, layer_id: str) -> None:
     """Finish a merge whose child has its new parent, or undo one whose child has not; nothing to do is success.
 
+    Only for who holds the lease.
+
     Raises:
-        Busy: the records change at this moment; call again.
+        Busy: the records change at this moment, or a daemon still has an image open; call again.
     """
     layer = store.find_layer(layer_id)
     if layer is None or layer.merge is None or layer.state is LayerState.RETIRED:
         return
     noted = layer.merge
+    # From here on a commit of the process that wrote the note fails, unless it was made already.
+    layer = store.swap(layer, layer)
     child = store.find_layer(noted.child)
     if noted.kind == "flatten":
         _undo(store, tools, layer, layer, noted)
@@ -277,8 +360,8 @@ def resume(store: Store, tools: QemuTools, layer_id: str) -> None:
     elif child.parent == layer.id:
         _undo(store, tools, layer, child, noted)
     else:
+        _leave(store, layer.id, child)
         # die here: the layer has no markers, and the collector drops it
-        store.unmark(layer.id, child_marker(noted.child))
         layers.drop(store, layer.id)
 
 
@@ -291,10 +374,12 @@ def _undo(store: Store, tools: QemuTools, layer: LayerRecord, child: LayerRecord
     process is in the middle of, loses its compare-and-set by that; otherwise it would come true after its marker is
     gone.
     """
+    if child and child.id != layer.id:
+        child = store.swap(child, child)
+    elif child:
+        child = layer
+    _check_not_written(store, noted.child, noted.parent)
     if child:
-        rewritten = store.swap(child, child)
-        layer = rewritten if child.id == layer.id else layer
-        child = rewritten
         _repair_name(store, tools, child)
     if noted.parent and not (child and child.parent == noted.parent):
         store.unmark(noted.parent, child_marker(noted.child))

@@ -295,7 +295,7 @@ def _follow(daemon: qsd.PrivateDaemon, plan: _Plan, vigil: _Vigil) -> None:
             break
         if _is_out_of_space(daemon):
             raise Exhausted(f"no space left for writing into {plan.written[0].path}")
-        vigil.tick()
+        daemon.tick()
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _WATCH_INTERVAL_S)
     if "error" in job:

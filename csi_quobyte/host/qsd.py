@@ -43,7 +43,7 @@ from typing import Any, TypeVar
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from csi_quobyte.errors import Busy, Corrupt, InvalidArgument, Refused, Unavailable
-from csi_quobyte.host import command, mounts, qemu_img
+from csi_quobyte.host import command, mounts, qemu_img, watchdog
 from csi_quobyte.host.qemu import ImageLayer, QemuTools
 
 _log = logging.getLogger(__name__)
@@ -431,6 +431,10 @@ class PrivateDaemon:
         self._monitor = monitor
         self._tick = tick
 
+    def tick(self) -> None:
+        """Ask whether to go on, while nothing is asked of the daemon; without that for long it is killed."""
+        self._tick()
+
     @property
     def pid(self) -> int:
         """The process id."""
@@ -494,7 +498,8 @@ def private_daemon(tools: QemuTools, *, tick: Callable[[], None], answer_timeout
 
     It dies with this process, whatever ends that, and it needs no file or directory: its monitor is an inherited
     socket. Nobody else can find it or talk to it. `tick` is called every 100 ms while the daemon is waited for; what
-    it raises ends the wait. Each QMP command may take `answer_timeout_s`.
+    it raises ends the wait. When it is not called for `watchdog.LIMIT_S`, because this process is stopped or hangs, the
+    daemon is killed. Each QMP command may take `answer_timeout_s`.
 
     Raises:
         Unavailable: it cannot be started, or does not answer in time.
@@ -502,11 +507,21 @@ def private_daemon(tools: QemuTools, *, tick: Callable[[], None], answer_timeout
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     argv = [tools.storage_daemon, "--chardev", "socket,id=qmp,fd=0", "--monitor", "chardev=qmp"]
-    with ours, theirs, command.tied(argv, stdin=theirs.fileno()) as child, asyncio.Runner() as runner:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        child = stack.enter_context(command.tied(argv, stdin=theirs.fileno()))
+        watched = stack.enter_context(watchdog.watching(child.pid))
+        runner = stack.enter_context(asyncio.Runner())
         theirs.close()  # so that the end of the daemon is the end of the session
-        client = runner.run(_ticking(_explaining(child, _connect(_PRIVATE, ours, answer_timeout_s)), tick))
+
+        def fed() -> None:
+            tick()
+            watched.feed()
+
+        client = runner.run(_ticking(_explaining(child, _connect(_PRIVATE, ours, answer_timeout_s)), fed))
         try:
-            yield PrivateDaemon(child, runner, _Monitor(_PRIVATE, client, answer_timeout_s), tick)
+            yield PrivateDaemon(child, runner, _Monitor(_PRIVATE, client, answer_timeout_s), fed)
         finally:
             child.send_signal(signal.SIGKILL)  # first: a session with a dead daemon ends at once
             runner.run(_disconnect(_PRIVATE, client, _HEALTH_TIMEOUT_S))

@@ -73,13 +73,13 @@ def _check_same_request(snapshot: SnapshotRecord, request: SnapshotRequest) -> N
 
 
 def _is_outdated(store: Store, snapshot: SnapshotRecord) -> bool:
-    """Say whether the volume of an unfinished snapshot was grown or formatted since the intent was written."""
-    if snapshot.state is not SnapshotState.CREATING or snapshot.next is None:
+    """Say whether the volume of an unfinished snapshot has changed too much since the intent was written."""
+    if snapshot.state is not SnapshotState.CREATING:
         return False
     return layers.intent_is_outdated(
         store,
         snapshot.source_volume,
-        head=snapshot.layer,
+        layer_id=snapshot.layer,
         next_id=snapshot.next,
         size_bytes=snapshot.size_bytes,
         content=snapshot.content,
@@ -132,6 +132,14 @@ def _finish(store: Store, snapshot: SnapshotRecord) -> SnapshotRecord:
         if volume.head not in {snapshot.layer, snapshot.next}:
             raise NotFound(f"volume {volume.id} was made anew meanwhile")
         layers.freeze(store, volume, snapshot.next, check_intent=lambda: _check_unchanged(store, snapshot))
+    if snapshot.next is None:
+        layers.check_still_untouched(
+            store,
+            snapshot.source_volume,
+            snapshot.layer,
+            size_bytes=snapshot.size_bytes,
+            content=snapshot.content,
+        )
     if store.layer(snapshot.layer).state is not LayerState.FROZEN:
         raise Busy(f"the volume of snapshot {snapshot.id} is being changed")
     return store.swap(snapshot, replace(snapshot, state=SnapshotState.READY, unfinished=False))

@@ -219,13 +219,15 @@ def _choose_filesystem(request: CreateRequest, content: Content | None) -> str:
 
 
 def _is_outdated(store: Store, volume: VolumeRecord) -> bool:
-    """Say whether the source of an unfinished clone was grown or formatted since its intent was written."""
-    if volume.state is not VolumeState.CREATING or not (volume.source and volume.source_next and volume.parent):
+    """Say whether the source of an unfinished clone has changed too much since its intent was written."""
+    if volume.state is not VolumeState.CREATING or not (volume.source and volume.parent):
+        return False
+    if volume.source.kind == "snapshot":
         return False
     return layers.intent_is_outdated(
         store,
         volume.source.id,
-        head=volume.parent,
+        layer_id=volume.parent,
         next_id=volume.source_next,
         size_bytes=volume.size_bytes,
         content=volume.inherited_content,
@@ -314,6 +316,10 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
         if cloned.head not in {parent_id, volume.source_next}:
             raise NotFound(f"volume {source.id} was made anew meanwhile")
         layers.freeze(store, cloned, volume.source_next, check_intent=lambda: _check_unchanged(store, volume))
+    elif source and source.kind == "volume" and volume.source_next is None:
+        layers.check_still_untouched(
+            store, source.id, parent_id, size_bytes=volume.size_bytes, content=volume.inherited_content
+        )
     if store.layer(parent_id).state is not LayerState.FROZEN:
         raise Busy(f"the source of volume {volume.id} is being changed")
     return parent_id
@@ -449,7 +455,7 @@ def detach(store: Store, volume_id: str, node: str) -> tuple[str, ...]:
         gone = [present for present in volume.attachments if not node or present.node == node]
         if gone:
             remaining = tuple(present for present in volume.attachments if present not in gone)
-            store.swap(volume, replace(volume, attachments=remaining))
+            store.swap(volume, replace(volume, attachments=remaining, detached_at=records.now()))
         return tuple(layer_id for present in gone for layer_id in present.opened)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from csi_quobyte.errors import Corrupt
 from csi_quobyte.pool.records import LayerRecord, LayerState
 
-HARD_DEPTH = 64
+HARD_DEPTH = 32
 
 
 def chain_of(head: str, find: Callable[[str], LayerRecord | None]) -> tuple[LayerRecord, ...]:

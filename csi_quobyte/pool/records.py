@@ -99,7 +99,8 @@ class VolumeRecord:
     """A volume.
 
     `unfinished` is true until it was ready once, also while it is being deleted: then `parent` and `source_next` say
-    what its head was to lie on and what the source volume's new head was to be.
+    what its head was to lie on and what the source volume's new head was to be. `detached_at`: when an attachment was
+    last taken away.
     """
 
     id: str
@@ -122,6 +123,7 @@ class VolumeRecord:
     inherited_content: Content | None = None
     attach_generation: int = 0
     attachments: tuple[Attachment, ...] = ()
+    detached_at: datetime | None = None
     kubernetes: dict[str, str] = field(default_factory=dict)
     kind: Literal["volume"] = "volume"
     generation: int = 0
@@ -200,11 +202,11 @@ class NodeRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
-    """Who may merge layers in the pool: the token of a process (empty: nobody) on a host (its boot id)."""
+    """Who may merge layers in the pool: the token of a process (empty: nobody), and the mount that it sees it by."""
 
     id: str
     holder: str
-    host: str
+    place: str
     renewed_at: datetime
     kind: Literal["lease"] = "lease"
     generation: int = 0

@@ -264,12 +264,17 @@ class Store:
         return self._token
 
     @property
-    def host(self) -> str:
-        """What tells this running host from all others: the kernel's boot id."""
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    def place(self) -> str:
+        """What tells this mount on this running host from all others: inside one place, locks are right.
+
+        The kernel's boot id, and the device number, which a mount keeps as long as a process uses it.
+        """
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        with translated(self.root):
+            return f"{boot_id}/{os.stat(self.root).st_dev:x}"
 
     def is_alive(self, token: str) -> bool:
-        """Say whether the process of a token lives, as far as this mount's locks tell."""
+        """Say whether the process of a token lives, as far as this mount's locks tell (see `place`)."""
         return token == self._token or self._token_is_held(token)
 
     @property

@@ -72,7 +72,7 @@ def test_layer_of_a_deleted_snapshot_is_merged(space: Space) -> None:
     data.wait_detached()
     assert layers_in_use(space) == 2
     snapshot.delete()
-    wait_for("one layer", lambda: layers_in_use(space) == 1)
+    wait_for("one layer", lambda: layers_in_use(space) == 1, deadline_s=180)  # a minute of it: see GRACE_S in merging
     assert space.pod("third", data, node="node-a").checksum() == checksum
 
 

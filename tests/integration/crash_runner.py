@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from controller_kit import SIZE_BYTES, Kit, tools
+from controller_kit import SIZE_BYTES, Kit
 
-from csi_quobyte.engine import collector, index, layers
+from csi_quobyte.engine import collector, layers
 from csi_quobyte.operations import volumes
 from csi_quobyte.pool.records import LayerRecord, VolumeRecord, VolumeState, volume_marker
 from csi_quobyte.pool.sizes import SizeRange
@@ -59,7 +59,7 @@ def merge(kit: Kit, kind: str, in_job: Callable[[], None]) -> None:
         in_job()
         return True
 
-    collector.resume_merges(kit.store, tools(), index.read(kit.store))
+    kit.sweep_until_quiet()
     while plans := [plan for plan in kit.plans() if plan.kind == kind]:
         kit.merge(plans[0], may_go_on)
 

@@ -562,11 +562,24 @@ def test_the_caller_is_killed_at_random_moments(scene: Scene, caller: Caller, tm
     assert with_daemon >= 5
 
 
+def living() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def watchers() -> list[psutil.Process]:
+    return [child for child in living() if "_watcher.py" in " ".join(child.cmdline())]
+
+
+def workers() -> list[psutil.Process]:
+    """The processes that do a job: without the watchdog of a storage daemon."""
+    return [child for child in living() if child not in watchers()]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_process_is_killed(scene: Scene, kind: Kind) -> None:
     def watch(progress: jobs.Progress) -> jobs.Answer:
         if progress.current_bytes:
-            for child in psutil.Process().children():
+            for child in workers():
                 child.kill()
         return "go on"
 
@@ -578,11 +591,24 @@ def test_its_process_is_killed(scene: Scene, kind: Kind) -> None:
     scene.check_done(kind, leaks=True)
 
 
+def test_its_watchdog_is_killed(scene: Scene) -> None:
+    def watch(progress: jobs.Progress) -> jobs.Answer:
+        if progress.current_bytes:
+            for watcher in watchers():
+                watcher.kill()
+        return "go on"
+
+    with pytest.raises(Unavailable, match="watchdog"):
+        scene.run("stream", watch, speed_bytes_per_s=4 * MIB)
+    assert_no_children()
+    scene.check("stream", leaks=True)
+
+
 @pytest.mark.parametrize("kind", ["stream", "copy"])
 def test_its_process_hangs(scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
     def watch(progress: jobs.Progress) -> jobs.Answer:
         if progress.current_bytes:
-            for child in psutil.Process().children():
+            for child in workers():
                 child.suspend()
         return "go on"
 

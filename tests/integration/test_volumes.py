@@ -234,7 +234,7 @@ def test_clone_at_the_hard_depth_is_exhausted_and_leaves_nothing(kit: Kit, monke
 
 
 def test_hard_depth_is_what_the_format_page_says() -> None:
-    assert chain_module.HARD_DEPTH == 64
+    assert chain_module.HARD_DEPTH == 32
 
 
 def test_clone_inherits_what_is_known_of_the_contents(kit: Kit) -> None:

@@ -411,7 +411,8 @@ def parsed(command: click.Command, container: Object, monkeypatch: pytest.Monkey
     pools = options.parse_pools(settings.pop("pool"))
     timeout_s = options.parse_duration_s("--pool-timeout", settings.pop("pool_timeout"))
     if command is not node:
-        settings.pop("merge_layers")  # for the collector, no part of the configuration
+        for flag in ("merge_layers", "merge_bandwidth"):  # for the collector, no part of the configuration
+            settings.pop(flag)
         return Common(pools=pools, pool_timeout_s=timeout_s, **settings)
     stop_s = options.parse_duration_s("--stop-timeout", settings.pop("stop_timeout"))
     return NodeConfig(pools=pools, pool_timeout_s=timeout_s, stop_timeout_s=stop_s, **settings)
