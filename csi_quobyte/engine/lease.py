@@ -63,6 +63,11 @@ class Lease:
         except DriverError:  # the pool does not answer now
             return self._record is not None and self._clock() - self._renewed_at < SAFE_S
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether this process has taken it and not given it back; it may have run out since."""
+        return self._record is not None
+
     def release(self, store: Store) -> None:
         """Let the next process have it at once. Only when nothing runs any more that needs it."""
         with self._guard:

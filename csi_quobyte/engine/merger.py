@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from csi_quobyte import telemetry
@@ -226,10 +227,9 @@ class Merger:
         return None
 
     def _release_lease(self) -> None:
-        try:
-            self._lease.release(self._pool.open())
-        except DriverError:
-            pass  # it runs out by itself
+        if self._lease.is_taken:
+            with suppress(DriverError):  # it runs out by itself
+                self._lease.release(self._pool.open())
 
     def _do(self, store: Store, thing: Work | str) -> None:
         if isinstance(thing, Work):
