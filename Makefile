@@ -49,7 +49,8 @@ sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 ##@ Longer suites
 crash: setup ## every operation and merge killed before each durable step, and 30 times in each kind of merge
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 3600 crash -- \
-	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py tests/integration/test_crash_merges.py
+	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py tests/integration/test_crash_merges.py \
+	  tests/integration/test_repair.py::test_repair_that_is_killed_before_a_step_is_ended_by_the_next_one
 
 power-loss: setup ## a power cut after every write, fsync and rename of every operation, what was not synced lost or torn
 	@CSI_QUOBYTE_POWER_CUTS=0 $(CONTAINED) 3600 power-loss -- \

@@ -10,7 +10,7 @@ from typing import Literal
 
 from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine.index import Index, Stray
-from csi_quobyte.errors import Corrupt, DriverError
+from csi_quobyte.errors import Corrupt, DriverError, Refused
 from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import chain_of
 from csi_quobyte.pool.records import (
@@ -56,8 +56,9 @@ _WARNINGS: frozenset[Kind] = frozenset(
         "foreign-file",
     }
 )
-# what the collector or a retry puts right without a decision of anybody's
-_REPAIRABLE: frozenset[Kind] = _WARNINGS - {"foreign-file"}
+# what the collector, a retry or engine/repair puts right without a decision of anybody's; an unreadable or missing
+# record only sometimes is
+_REPAIRABLE: frozenset[Kind] = (_WARNINGS - {"foreign-file"}) | {"missing-marker", "wrong-backing-name"}
 
 # Gives (errors, leaked clusters) of one image on its own, as `qemu-img check` counts them.
 CheckImage = Callable[[str, str], tuple[int, int]]
@@ -65,7 +66,7 @@ CheckImage = Callable[[str, str], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong; `id` is the record concerned, `path` the file, either may be empty."""
+    """One thing that is wrong; `id` is the record concerned, `path` the file or the marker, either may be empty."""
 
     kind: Kind
     id: str
@@ -95,7 +96,7 @@ class Result:
 
 
 def check(store: Store, check_image: CheckImage) -> Result:
-    """Look at everything in a pool. Heads of attached volumes are not opened and counted as `skipped_live`."""
+    """Look at everything in a pool. Images that a daemon writes are not opened and counted as `skipped_live`."""
     found = index_module.read(store)
     result = Result(len(found.volumes), len(found.snapshots), len(found.layers))
     for part in (_records, _references, _markers, _leftovers):
@@ -109,7 +110,7 @@ def check(store: Store, check_image: CheckImage) -> Result:
     for layer in found.layers.values():
         if layer.state is LayerState.RETIRED:
             continue
-        if layer.id in live:
+        if layer.id in live or _is_written(store, layer):
             result.skipped_live += 1
             result.findings += _missing_image(store, layer)
         else:
@@ -145,7 +146,18 @@ def _merges(found: Index) -> Iterator[Finding]:
             yield Finding("unfinished", layer.id, "", f"being merged ({layer.merge.kind}), or the process died")
 
 
-def _needed(found: Index) -> Iterator[tuple[str, str, str]]:
+def _is_written(store: Store, layer: LayerRecord) -> bool:
+    """Say whether a daemon writes an image that no volume is attached for: a forced detach, or a merge."""
+    try:
+        store.check_not_written(layer)
+    except Refused:
+        return True
+    except Corrupt:  # there is no file: reported as that
+        pass
+    return False
+
+
+def needed(found: Index) -> Iterator[tuple[str, str, str]]:
     """Give (layer id, marker, who needs it) for every reference that finished records make."""
     for volume in found.volumes.values():
         if not volume.unfinished and volume.state is VolumeState.READY:
@@ -160,13 +172,14 @@ def _needed(found: Index) -> Iterator[tuple[str, str, str]]:
 
 def _references(store: Store, found: Index) -> Iterator[Finding]:
     """References without the layer or without the marker that keeps it."""
-    for layer_id, marker, owner in _needed(found):
+    for layer_id, marker, owner in needed(found):
         if layer_id in found.unreadable:
             continue
         if layer_id not in found.layers:
-            yield Finding("missing-layer", owner, "", f"{owner} needs layer {layer_id}, which has no record")
+            path = store.layer_record_path(layer_id)
+            yield Finding("missing-layer", owner, path, f"{owner} needs layer {layer_id}, which has no record")
         elif marker not in (store.markers(layer_id) or []):
-            yield Finding("missing-marker", layer_id, "", f"{owner} needs this layer, marker {marker} is missing")
+            yield Finding("missing-marker", layer_id, marker, f"{owner} needs this layer, its marker is missing")
 
 
 def _markers(store: Store, found: Index) -> Iterator[Finding]:

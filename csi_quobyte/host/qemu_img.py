@@ -143,6 +143,27 @@ def check(
         return CheckResult(0, 0, 0)
     check_features(path, format)
     argv = [tools.qemu_img, "check", "--output=json", _alone_json(path, format, direct=True)]
+    return _checked(argv, timeout_s)
+
+
+def free_leaks(tools: QemuTools, path: str, *, timeout_s: float = CHECK_TIMEOUT_S) -> CheckResult:
+    """Give the leaked clusters of a qcow2 image that nobody has open back; changes refcounts only, durably.
+
+    The result is what the check found after that.
+
+    Raises:
+        Corrupt: as `check_features`.
+        Unavailable: it could not be done: somebody has it open, or its metadata is damaged.
+    """
+    check_features(path, "qcow2")
+    node = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path, "locking": "on"}}
+    argv = [tools.qemu_img, "check", "-r", "leaks", "--output=json", "json:" + json.dumps(node)]
+    found = _checked(argv, timeout_s)
+    sync(path)
+    return found
+
+
+def _checked(argv: Sequence[str], timeout_s: float) -> CheckResult:
     completed = command.run(argv, timeout_s=timeout_s, limits=_WHOLE_IMAGE_LIMITS, ok_statuses=_CHECK_STATUSES)
     found = _as_json(completed, argv)
     return CheckResult(found.get("check-errors", 0), found.get("leaks", 0), found.get("corruptions", 0))
@@ -206,8 +227,10 @@ def set_backing_name(tools: QemuTools, path: str, name: str | None, backing_form
     Nothing of ours follows the string. `rebase -u` opens no backing file.
 
     Raises:
-        Unavailable: it could not be written.
+        Corrupt: as `check_features`.
+        Unavailable: it could not be written; a daemon may have the image open.
     """
+    check_features(path, "qcow2")
     backing = ["-b", name or ""] + (["-F", backing_format] if name and backing_format else [])
     command.run(
         [tools.qemu_img, "rebase", "-u", "-f", "qcow2", *backing, path],

@@ -44,6 +44,7 @@ from csi_quobyte.pool.steps import Observer, Ownership, Steps, translated, write
 D = TypeVar("D")
 log = logging.getLogger(__name__)
 
+_KINDS = {"volumes": VolumeRecord, "snapshots": SnapshotRecord, "layers": LayerRecord}
 _SHARDED = ("volumes", "snapshots", "layers")
 _PLAIN = ("tmp", "reserve", "nodes")
 _SHARD = re.compile(r"[0-9a-f]{2}")
@@ -340,6 +341,10 @@ class Store:
         """The path of a layer's image file."""
         return self._layer_file(layer.id, layer.file)
 
+    def layer_record_path(self, layer_id: str) -> str:
+        """The path of a layer's record, for messages."""
+        return self._record_path("layers", layer_id)
+
     def backing_name(self, child_id: str, parent: LayerRecord) -> str:
         """The backing string for an image: relative, for people and tools; nothing of ours follows it."""
         if child_id[:2] == parent.id[:2]:
@@ -619,15 +624,50 @@ class Store:
         A reader whose client has an old length of the file cached sees a changed record cut off, for about a second.
         """
         path = self._record_path(folder, record_id)
-        kind = VolumeRecord if folder == "volumes" else SnapshotRecord
         for pause_s in (0.0, _REREAD_PAUSE_S, _REREAD_PAUSE_S):
             time.sleep(pause_s)
             try:
-                self._find(kind, path)
+                self._find(_KINDS[folder], path)
             except Corrupt:
                 continue
             return False
         return True
+
+    def damaged_bytes(self, folder: str, record_id: str) -> bytes | None:
+        """Give what stands in a record's file, whatever it is; None when there is none.
+
+        Raises:
+            Corrupt: it is larger than any record.
+        """
+        return _read(self._record_path(folder, record_id))
+
+    def replace_damaged(self, record: R, damaged: bytes) -> R:
+        """Put a whole record in the place of one that cannot be read and whose file holds `damaged`; durable.
+
+        No compare-and-set is possible without a version. The caller holds the locks of all who might write it, and
+        `is_damaged` has found it unreadable for two seconds, which no writer that is under way would leave it.
+
+        Raises:
+            Busy: the file holds something else now; nothing was changed.
+        """
+        path = self._path_of(record)
+        directory, _, name = path.rpartition("/")
+        claims = [other for other in _names(directory) if other.startswith(f"{name}.g")]
+        numbers = [int(claim.rpartition(".g")[2]) for claim in claims if claim.rpartition(".g")[2].isdecimal()]
+        made = replace(records.next_version(record), generation=1 + max(numbers, default=0))
+        temporary = self._steps.write_temporary(
+            lambda fd: write_whole(fd, records.encode(made)), reserve=self._reserve_file
+        )
+        try:
+            for claim in claims:
+                # one of the damaged record must not become a change of the new one
+                self._steps.discard(f"{directory}/{claim}")
+            if _read(path) != damaged:
+                raise Busy(f"{record.id} was changed by another operation")
+            self._steps.rename(temporary, path)
+        finally:
+            self._steps.discard(temporary)
+        return made
 
     def remove_damaged(self, folder: str, record_id: str) -> None:
         """Remove a record that cannot be read, at the explicit wish to delete it; its layers stay for the collector."""
@@ -767,6 +807,13 @@ class Store:
                 return sorted(os.listdir(directory))
             except FileNotFoundError:
                 return None
+
+    def remake_refs(self, layer_id: str) -> None:
+        """Make the refs directory of a layer again that is needed and has lost it; only `check --repair` does this.
+
+        Nothing else ever does: without the directory a layer counts as condemned.
+        """
+        self._steps.make_directory(self._refs(layer_id))
 
     def condemn(self, layer_id: str) -> bool:
         """Remove a layer's empty refs directory: the atomic decision that nothing will ever refer to it.

@@ -12,15 +12,19 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from controller_kit import SIZE_BYTES, Kit
 
-from csi_quobyte.engine import collector, layers
+from csi_quobyte.engine import collector, layers, repair
+from csi_quobyte.host import command
 from csi_quobyte.operations import volumes
+from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import LayerRecord, VolumeRecord, VolumeState, volume_marker
 from csi_quobyte.pool.sizes import SizeRange
+from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store
 
 _COUNT = struct.Struct("<I")
@@ -65,6 +69,20 @@ def merge(kit: Kit, kind: str, in_job: Callable[[], None]) -> None:
 
 
 MERGES = ("up", "down", "flatten")
+REPAIR = "repair"
+
+
+def repair_all(kit: Kit, observe: Observer) -> None:
+    """Repair a pool; here the start of each qemu-img counts as a step, and dead processes count as such at once."""
+    run = command.run
+
+    def counted(argv: Sequence[str], **options: Any) -> command.Completed:
+        observe("run", argv[0])
+        return run(argv, **options)
+
+    command.run = counted
+    store_module._REREAD_PAUSE_S = store_module._CLAIM_PATIENCE_S = 0.0
+    repair.repair(kit.store, tools(), kit.check_image)
 
 
 def publish_before_data() -> None:
@@ -135,7 +153,9 @@ def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     kit = Kit(Store(root, observer=observe))
-    if operation in MERGES:
+    if operation == REPAIR:
+        repair_all(kit, observe)
+    elif operation in MERGES:
         merge(kit, operation, lambda: os.pwrite(report, b"\1", _IN_JOB_OFFSET) and None)
     else:
         OPERATIONS[operation](kit)
