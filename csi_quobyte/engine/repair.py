@@ -22,6 +22,7 @@ from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine.check import CheckImage, Finding, Kind, Result
 from csi_quobyte.engine.index import Index
 from csi_quobyte.engine.lease import Lease
+from csi_quobyte.engine.merging import is_in_grace
 from csi_quobyte.engine.rebuild import Uncertain, parents_by_marker, rebuild_layer, rebuild_snapshot, rebuild_volume
 from csi_quobyte.errors import Busy, Corrupt, DriverError, NotFound, Refused
 from csi_quobyte.host import qemu_img
@@ -374,6 +375,8 @@ def _check_detached(found: Index, volume_ids: Iterable[str]) -> None:
         volume = found.volumes.get(volume_id)
         if volume and volume.attachments:
             raise _InUse(f"volume {volume_id} is attached to node {volume.attachments[0].node}")
+        if volume and is_in_grace(volume):
+            raise _InUse(f"volume {volume_id} was detached a moment ago: its node may have been lost, and still write")
 
 
 def _marking(store: Store, found: Index, finding: Finding) -> _Task:
@@ -469,7 +472,7 @@ def _idle(found: Index, layer_id: str) -> frozenset[str]:
     """
     users = _users(found, layer_id)
     if users.unknown:
-        raise _InUse(f"{min(users.unknown)} lies on it and cannot be read: it may be in use")
+        raise _InUse(f"{min(users.unknown)} refers to it and cannot be read: it may be in use")
     _check_detached(found, users.volumes)
     names = users.volumes | users.snapshots
     if len(names) > _LOCKS_AT_MOST:
@@ -483,7 +486,10 @@ def _users(found: Index, layer_id: str) -> _Users:
     above = _layers_above(found, layer_id)
     users.unknown |= above & found.unreadable.keys()
     for layer in above:
-        owners = {marker.id for marker in map(parse_marker, found.refs.get(layer, [])) if marker and marker.kind != "c"}
+        markers = [marker for marker in map(parse_marker, found.refs.get(layer, [])) if marker]
+        owners = {marker.id for marker in markers if marker.kind != "c"}
+        # a child without a record is a reader's marker, or of a layer that is being made
+        users.unknown |= {marker.id for marker in markers if marker.kind == "c"} - found.layers.keys()
         users.unknown |= owners & found.unreadable.keys()
         users.volumes |= owners & found.volumes.keys()
         users.snapshots |= owners & found.snapshots.keys()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from controller_kit import SIZE_BYTES, Kit
+from controller_kit import SIZE_BYTES, Kit, tools
 
 from csi_quobyte.engine import collector, layers, repair
 from csi_quobyte.host import command
