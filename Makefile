@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # The parts of `test` run one after the other, in the order of the list, also with -j.
 .NOTPARALLEL:
-.PHONY: crash power-loss cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
+.PHONY: crash power-loss soak cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
 CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
@@ -51,6 +51,10 @@ crash: setup ## every operation and merge killed before each durable step, and 3
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 3600 crash -- \
 	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py tests/integration/test_crash_merges.py \
 	  tests/integration/test_repair.py::test_repair_that_is_killed_before_a_step_is_ended_by_the_next_one
+
+soak: setup ## 500 random histories of 30 calls with one controller and with two, killed now and then (SEED=... as printed)
+	@CSI_QUOBYTE_HISTORIES=500 CSI_QUOBYTE_SEED=$(or $(SEED),0) $(CONTAINED) 7200 soak -- \
+	  $(PYTHON) -m pytest --timeout 3600 -q -s tests/integration/test_histories.py
 
 power-loss: setup ## a power cut after every write, fsync and rename of every operation, what was not synced lost or torn
 	@CSI_QUOBYTE_POWER_CUTS=0 $(CONTAINED) 3600 power-loss -- \

@@ -233,12 +233,22 @@ def _missing_image(store: Store, layer: LayerRecord) -> Iterator[Finding]:
         yield Finding("missing-image", layer.id, store.image_path(layer), "the layer's file does not exist")
 
 
+def _is_unfinished(found: Index, layer: LayerRecord) -> bool:
+    """Say whether only an unfinished operation names a layer: its files come one by one, and a retry makes them all.
+
+    After a power cut the record may be there without the image, though it was made after it.
+    """
+    heads = {volume.head for volume in found.volumes.values() if not volume.unfinished}
+    return layer.id in found.intended_layers and layer.id not in heads
+
+
 def _image(store: Store, found: Index, layer: LayerRecord, check_image: CheckImage) -> Iterator[Finding]:
     """Compare one image that no daemon writes with its record, and check its inside."""
     path = store.image_path(layer)
     missing = list(_missing_image(store, layer))
     if missing:
-        yield from missing
+        if not _is_unfinished(found, layer):
+            yield from missing
         return
     try:
         size_bytes = images.virtual_size_bytes(store, layer)

@@ -1,9 +1,10 @@
 """A process that runs one operation after the other in children, each of which is killed at a chosen moment.
 
 Reads lines of JSON from standard input: {"root", "operation", "kill_at", "in_job_s"}; answers each with one line
-{"steps", "killed"}: how many durable steps the child began, and whether it was killed. The moment is before the durable
-step number `kill_at` (0: none), or `in_job_s` seconds after a merge has begun to move data (null: not then). It has one
-thread and imports everything before the first fork, so that a kill costs milliseconds and not the start of a Python.
+{"steps", "killed"}: how many durable steps the child began, and whether it was killed. An operation is a name, or a
+call of the servicer as a line of text (servicer_kit). The moment is before the durable step number `kill_at` (0: none),
+or `in_job_s` seconds after a merge has begun to move data, or a call has begun (null: not then). It has one thread and
+imports everything before the first fork, so that a kill costs milliseconds and not the start of a Python.
 """
 
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import servicer_kit
 from controller_kit import SIZE_BYTES, Kit, tools
 
 from csi_quobyte.engine import collector, layers, repair
@@ -152,11 +154,17 @@ def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
         if steps == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def in_job() -> None:
+        os.pwrite(report, b"\1", _IN_JOB_OFFSET)
+
+    if operation.startswith("{"):
+        servicer_kit.make_call(root, operation, observe, in_job)
+        return
     kit = Kit(Store(root, observer=observe))
     if operation == REPAIR:
         repair_all(kit, observe)
     elif operation in MERGES:
-        merge(kit, operation, lambda: os.pwrite(report, b"\1", _IN_JOB_OFFSET) and None)
+        merge(kit, operation, in_job)
     else:
         OPERATIONS[operation](kit)
 
@@ -198,6 +206,7 @@ def run(root: str, operation: str, kill_at: int, in_job_s: float | None, wrong: 
 
 def main() -> None:
     """Serve requests until standard input ends."""
+    tools()  # once, for all children
     for line in sys.stdin:
         asked = json.loads(line)
         done = run(asked["root"], asked["operation"], asked["kill_at"], asked["in_job_s"], asked["wrong"])

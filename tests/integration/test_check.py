@@ -125,6 +125,20 @@ def test_kind_is_found_and_nothing_is_changed(kit: Kit, kind: str) -> None:
     assert tree(kit.store.root) == before
 
 
+def test_image_that_an_unfinished_clone_has_not_made_yet_is_no_damage(kit: Kit) -> None:
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    made = kit.create("c", source=kit.from_snapshot("s"))
+    lies_on = kit.chain("c")[1].id
+    kit.store.swap(made, replace(made, state=VolumeState.CREATING, unfinished=True, parent=lies_on))
+    image(kit, "c").unlink()
+    assert kit.findings() == {"unfinished"}
+    kit.create("c", source=kit.from_snapshot("s"))
+    assert kit.holds("c", 1)
+    assert kit.check() == []
+
+
 def test_head_of_an_attached_volume_is_not_opened(kit: Kit) -> None:
     kit.create("v")
     kit.attach("v")
