@@ -38,6 +38,8 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]  # the script is started by its path, from a tree that is not installed
 
+from csi_quobyte.engine.copying import Copier  # noqa: E402
+from csi_quobyte.host.qemu import find_tools  # noqa: E402
 from csi_quobyte.operations import volumes  # noqa: E402
 from csi_quobyte.operations.capacity import Provisioned  # noqa: E402
 from csi_quobyte.operations.volumes import CreateRequest  # noqa: E402
@@ -439,7 +441,8 @@ def profile(base: Path) -> None:
         store = Store(str(machine.pool_path), observer=lambda step, _: notes.append((step, time.perf_counter())))
         provisioned = Provisioned()
         provisioned.total_bytes(store)
-        create = partial(volumes.create, store, provisioned=provisioned, release=lambda _: None)
+        copier = Copier(find_tools(str(QEMU_DIR)), "p")
+        create = partial(volumes.create, store, provisioned=provisioned, release=lambda _: None, copies=copier)
         create(_blank_request("warm"))
         steps: dict[int, list[float]] = {}
         names: list[str] = []

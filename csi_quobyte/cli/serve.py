@@ -19,6 +19,7 @@ from csi_quobyte import __version__, telemetry
 from csi_quobyte.cli import options
 from csi_quobyte.config import Common, NodeConfig, parse_address
 from csi_quobyte.engine.collector import Collector
+from csi_quobyte.engine.copying import Copier
 from csi_quobyte.errors import DriverError, InvalidArgument, Unavailable
 from csi_quobyte.host import command
 from csi_quobyte.host.jobs import MINIMUM_SPEED_BYTES_PER_S
@@ -73,15 +74,18 @@ def controller(
     collectors = {
         one.name: Collector(one, tools, merges=merge_layers, speed_bytes_per_s=speed_bytes_per_s) for one in pools.all
     }
+    copiers = {one.name: Copier(tools, one.name) for one in pools.all}
     identity = IdentityService(config.driver_name, pools)
 
     def stop() -> bool:
-        ended = [collector.stop(GRACE_S) for collector in collectors.values()]
+        # a copy that is broken off begins again with the next call
+        ended = [copier.stop(GRACE_S) for copier in copiers.values()]
+        ended += [collector.stop(GRACE_S) for collector in collectors.values()]
         return all(ended)
 
     for collector in collectors.values():
         collector.start()
-    services = controller_services(identity, ControllerService(pools, collectors))
+    services = controller_services(identity, ControllerService(pools, collectors, copiers))
     _serve(config, identity, services, stop)
 
 

@@ -146,6 +146,8 @@ def _details(store: Store, record_id: str) -> dict[str, Any] | None:
         case VolumeRecord():
             details["content"] = store.content(record)
             details["chain"] = list(_chain(store, record.head))
+            if record.pinned:
+                details["copy"] = store.progress(record.head) or "waits for the next call of CreateVolume, or its turn"
         case SnapshotRecord():
             details["chain"] = list(_chain(store, record.layer))
         case LayerRecord():

@@ -324,8 +324,10 @@ def _is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
     """Say whether the record that a marker names justifies it at this moment."""
     match marker.kind:
         case "c":
-            # One of a child with another parent is left by a merge, or a merge is about to need it: see merger.
-            return store.find_layer(marker.id) is not None
+            # One of a child with another parent is left by a merge, or a merge is about to need it: see merger. One of
+            # a child without a parent, which never gets one, is left by a copy.
+            child = store.find_layer(marker.id)
+            return child is not None and child.parent is not None
         case "s":
             snapshot = store.find_snapshot(marker.id)
             return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id

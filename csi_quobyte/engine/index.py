@@ -108,9 +108,12 @@ class Index:
         match marker.kind:
             case "c":
                 child = self.layers.get(marker.id)
-                # a child that a volume or snapshot names and that has no record is damage, not garbage
+                # a child that a volume or snapshot names and that has no record is damage, not garbage; one without
+                # a parent is a copy: once that is finished, its marker in what it was made from is left over
+                is_whole = child is not None and child.parent is None
+                is_held = marker.id in (self.intended_layers if is_whole else self.held_layers)
                 is_parent = child is not None and child.parent == layer_id
-                return is_parent or marker.id in self.held_layers or (layer_id, marker.id) in self.merge_markers
+                return is_parent or is_held or (layer_id, marker.id) in self.merge_markers
             case "s":
                 snapshot = self.snapshots.get(marker.id)
                 return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id

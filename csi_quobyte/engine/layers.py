@@ -209,6 +209,18 @@ def check_still_untouched(
             raise Busy(f"layer {child.id} is being merged into {layer_id}; it stops for this call, try again")
 
 
+def check_quiet(store: Store, chain: Sequence[LayerRecord]) -> None:
+    """Check that no merge changes a layer of a chain that is to be read whole, or is about to give one another parent.
+
+    The caller has made its marker in the chain's head before, so that a merge sees it and stops.
+
+    Raises:
+        Busy: one does.
+    """
+    for layer in chain:
+        check_not_merging(store, layer)
+
+
 def check_not_merging(store: Store, layer: LayerRecord) -> None:
     """Check that no merge changes a layer or is about to give it another parent.
 
@@ -274,13 +286,15 @@ def abandon(store: Store, layer_id: str, marker: str | None, *, parent: str | No
     if marker:
         store.unmark(layer_id, marker)
     try:
-        if store.find_layer(layer_id):
-            drop(store, layer_id)
-            return
+        is_whole = store.find_layer(layer_id) is not None
     except Corrupt as error:
         log.error("removing a layer whose record cannot be read: %s", error)
-    remove_damaged(store, layer_id)
-    if parent:
+        is_whole = False
+    if is_whole:
+        drop(store, layer_id)
+    else:
+        remove_damaged(store, layer_id)
+    if parent:  # a whole copy has no parent in its record, and its marker is there all the same
         store.unmark(parent, child_marker(layer_id))
 
 

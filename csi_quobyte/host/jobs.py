@@ -31,7 +31,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -165,13 +165,15 @@ def copy_chain(
     *,
     size_bytes: int,
     watch: Watch,
+    target_is_made: bool = False,
     speed_bytes_per_s: int | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> None:
     """Copy what a chain (base first) shows into a new image without parent, sparse, with zeros up to `size_bytes`.
 
     On return the file is durable, its directory entry is not; it has mode 0600. After an error there is no target,
-    unless the pool is gone.
+    unless the pool is gone. With `target_is_made` the caller has made it: an image of that format and size that reads
+    as zeros and that nobody else can write; then it stays after an error, and has the mode that it had.
     A crash leaves one that passes `qemu-img check` and is incomplete: only a record says that an image is whole.
 
     This is `qemu-img convert` and no block job, because it is much faster for what is large and mostly empty: for
@@ -190,8 +192,9 @@ def copy_chain(
     options = ["-p", "-n", "--target-is-zero", "-t", "none", *rate, "-O", target_format]
     vigil = _Vigil(watch, stall_timeout_s)
     vigil.tick()
-    with _new_file(target_path):
-        _make_image(tools, target_path, target_format, size_bytes)
+    with nullcontext() if target_is_made else _new_file(target_path):
+        if not target_is_made:
+            _make_image(tools, target_path, target_format, size_bytes)
         try:
             _convert([tools.qemu_img, "convert", *options, source, target_path], shown_bytes, vigil)
         except _Stalled:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from csi_quobyte.engine import layers, removal
+from csi_quobyte.engine.copying import Copies
 from csi_quobyte.engine.layers import ready_volume
 from csi_quobyte.engine.removal import Release
 from csi_quobyte.errors import (
@@ -33,6 +34,7 @@ from csi_quobyte.pool.chain import chain_of
 from csi_quobyte.pool.records import (
     AccessType,
     Attachment,
+    CloneMode,
     Content,
     DataPath,
     ImageFormat,
@@ -71,6 +73,7 @@ class CreateRequest:
     filesystem: str
     mkfs_options: tuple[str, ...]
     source: Source | None
+    clone_mode: CloneMode = "overlay"
     minimum_bytes: int = GRANULARITY_BYTES
     kubernetes: dict[str, str]
 
@@ -102,19 +105,25 @@ _NOTHING = _Base(None, None, 0, None)
 # --- create ----------------------------------------------------------------------------------------------------
 
 
-def create(store: Store, request: CreateRequest, provisioned: Provisioned, release: Release) -> VolumeRecord:
+def create(
+    store: Store, request: CreateRequest, provisioned: Provisioned, release: Release, copies: Copies
+) -> VolumeRecord:
     """Make the volume of a CSI name, or give the one that is there; durable and ready on return.
+
+    What is to be a copy of its source is made by `copies` meanwhile: until it is whole, the answer is Busy.
 
     Raises:
         AlreadyExists: the name is taken by a volume made with other parameters.
         NotFound, Refused, OutOfRange: the source is missing, in the wrong state, attached, or larger than asked.
         InvalidArgument: the source holds another file system.
         Exhausted: no space; nothing is left behind.
-        Busy: another operation on this name or on the source is running.
+        Busy: another operation on this name or on the source is running, or the copy is.
     """
     volume_id = records.volume_id(store.prefix, request.name)
     with _locked(store, volume_id, request.source):
         volume = store.find_volume(volume_id)
+        if volume is None:
+            _tell_failure(store, copies.failure(volume_id), request, provisioned)
         if volume and volume.state is not VolumeState.DELETING:
             check_same_request(volume, request)
         if volume and (volume.state is VolumeState.DELETING or _is_outdated(store, volume)):
@@ -124,11 +133,28 @@ def create(store: Store, request: CreateRequest, provisioned: Provisioned, relea
         if volume and volume.state is VolumeState.READY:
             return volume
         if request.source is None:
-            ready = _create_blank(store, _plan(store, volume_id, request, _NOTHING, provisioned))
+            made = _create_blank(store, _plan(store, volume_id, request, _NOTHING, provisioned))
         else:
-            ready = _create_from(store, volume, volume_id, request, provisioned, release)
-        provisioned.add(store, ready.size_bytes)
-        return ready
+            made = _create_from(store, volume, volume_id, request, provisioned, release)
+        if not (volume and volume.pinned):
+            provisioned.add(store, made.size_bytes)
+    # a copy takes its time, and holds none of these locks meanwhile
+    return copies.volume(store, made, release) if made.pinned else made
+
+
+def _tell_failure(
+    store: Store, failed: tuple[VolumeRecord, DriverError] | None, request: CreateRequest, provisioned: Provisioned
+) -> None:
+    """Raise what an earlier copy for the same request has failed with; nothing of it is left."""
+    if failed is None:
+        return
+    volume, error = failed
+    provisioned.add(store, -volume.size_bytes)
+    try:
+        check_same_request(volume, request)
+    except AlreadyExists:
+        return  # another volume that happens to have the name
+    raise error
 
 
 def _create_from(
@@ -141,7 +167,7 @@ def _create_from(
 ) -> VolumeRecord:
     """Make a volume that lies on another object's layer: an intent first, or the one that an earlier call has left."""
     if volume is None:
-        base = _find_base(store, request.source)
+        base = _find_base(store, request.source, request.clone_mode)
         planned = _plan(store, volume_id, request, base, provisioned)
         # An intent has to be seen before what it names, not to outlive a power cut: what is found without one then
         # is removed by the collector.
@@ -197,6 +223,7 @@ def _plan(store: Store, volume_id: str, request: CreateRequest, base: _Base, pro
         mkfs_options=request.mkfs_options,
         created_at=records.now(),
         source=request.source,
+        clone_mode=request.clone_mode,
         parent=base.parent,
         source_next=base.source_next,
         inherited_content=base.content,
@@ -222,7 +249,7 @@ def _is_outdated(store: Store, volume: VolumeRecord) -> bool:
     """Say whether the source of an unfinished clone has changed too much since its intent was written."""
     if volume.state is not VolumeState.CREATING or not (volume.source and volume.parent):
         return False
-    if volume.source.kind == "snapshot":
+    if volume.source.kind == "snapshot" or volume.pinned:
         return False
     return layers.intent_is_outdated(
         store,
@@ -234,7 +261,7 @@ def _is_outdated(store: Store, volume: VolumeRecord) -> bool:
     )
 
 
-def _find_base(store: Store, source: Source | None) -> _Base:
+def _find_base(store: Store, source: Source | None, clone_mode: CloneMode) -> _Base:
     """Judge the source and say what the new volume lies on.
 
     Raises:
@@ -249,7 +276,8 @@ def _find_base(store: Store, source: Source | None) -> _Base:
             raise Unavailable(f"snapshot {source.id} is not ready yet")
         if snapshot.state is SnapshotState.DELETING:
             raise NotFound(f"snapshot {source.id} is being deleted")
-        layers.check_depth(store, snapshot.layer)
+        if clone_mode != "copy":  # which puts nothing on that chain
+            layers.check_depth(store, snapshot.layer)
         return _Base(snapshot.layer, None, snapshot.size_bytes, snapshot.content)
     volume = layers.detached_volume(store, source.id, to_be="cloned")
     content = store.content(volume)
@@ -282,11 +310,18 @@ def _create_blank(store: Store, planned: VolumeRecord) -> VolumeRecord:
 
 
 def _finish(store: Store, volume: VolumeRecord) -> VolumeRecord:
-    """Do what the intent of a volume with a source says, as far as it is not done, and make the volume ready."""
+    """Do what the intent of a volume with a source says, as far as it is not done, and make the volume ready.
+
+    One that is to be a copy is pinned instead: its marker holds what it is copied from, whatever becomes of the source.
+    """
+    if volume.pinned:
+        return volume
     if volume.parent is None:
         raise Corrupt(f"volume {volume.id} is unfinished and its record does not say what it lies on")
     store.mark(volume.parent, child_marker(volume.head))
     parent = store.layer(_frozen_parent(store, volume, volume.parent))
+    if volume.clone_mode == "copy":
+        return store.swap(volume, replace(volume, pinned=True, source_next=None))
     done = replace(volume, state=VolumeState.READY, unfinished=False, parent=None, source_next=None)
     with store.prepared(volume, done) as ready:
         layers.make_overlay(
@@ -350,6 +385,7 @@ def check_same_request(volume: VolumeRecord, request: CreateRequest) -> None:
         "file system": (volume.filesystem, request.filesystem or volume.filesystem),
         "mkfsOptions": (" ".join(volume.mkfs_options), " ".join(request.mkfs_options)),
         "source": (volume.source, request.source),
+        "cloneMode": (volume.clone_mode, request.clone_mode),
     }
     differing = [f"{what} is {has}, asked for {wants}" for what, (has, wants) in pairs.items() if has != wants]
     if not request.size.accepts(volume.size_bytes):
@@ -361,7 +397,7 @@ def check_same_request(volume: VolumeRecord, request: CreateRequest) -> None:
 # --- delete ----------------------------------------------------------------------------------------------------
 
 
-def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Release) -> None:
+def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Release, copies: Copies) -> None:
     """Delete a volume; gone already is success. Its layers are left to the collector through `release`.
 
     Snapshots and clones made from it stay whole: their own markers keep the layers that they need.
@@ -369,6 +405,7 @@ def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Rele
     Raises:
         Refused: it is attached.
     """
+    copies.cancel(volume_id)
     with store.lock(volume_id):
         try:
             volume = store.find_volume(volume_id)

@@ -30,6 +30,7 @@ ImageFormat = Literal["qcow2", "raw"]
 Preallocation = Literal["off", "metadata", "falloc"]
 DataPath = Literal["auto", "nbd", "fuse", "loop"]
 AccessType = Literal["mount", "block"]
+CloneMode = Literal["overlay", "cache", "copy"]
 
 _RECORD_ID = re.compile(r"([0-9a-f]{8})-(vol|snap)-([0-9a-f]{32})")
 _LAYER_ID = re.compile(r"[0-9a-f]{24}")
@@ -99,8 +100,9 @@ class VolumeRecord:
     """A volume.
 
     `unfinished` is true until it was ready once, also while it is being deleted: then `parent` and `source_next` say
-    what its head was to lie on and what the source volume's new head was to be. `detached_at`: when an attachment was
-    last taken away.
+    what its head was to lie on (or, with the clone mode copy, what is copied into it) and what the source volume's new
+    head was to be. `pinned` is true while a copy is made: its marker is in `parent`, and was there in time.
+    `detached_at`: when an attachment was last taken away.
     """
 
     id: str
@@ -120,6 +122,8 @@ class VolumeRecord:
     source: Source | None = None
     parent: str | None = None
     source_next: str | None = None
+    clone_mode: CloneMode = "overlay"
+    pinned: bool = False
     inherited_content: Content | None = None
     attach_generation: int = 0
     attachments: tuple[Attachment, ...] = ()
@@ -256,6 +260,14 @@ class PoolFormat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the filling of a layer is; the unit is the job's own."""
+
+    current_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Versioned:
     """The part that all records share: their version, and whose it is (`uid` is empty where ids are never reused)."""
 
@@ -270,12 +282,22 @@ D = TypeVar("D")
 
 _ADAPTERS: dict[type, TypeAdapter[object]] = {
     kind: TypeAdapter(kind)
-    for kind in (VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord, LeaseRecord, PoolFormat, Content, Versioned)
+    for kind in (
+        VolumeRecord,
+        SnapshotRecord,
+        LayerRecord,
+        NodeRecord,
+        LeaseRecord,
+        PoolFormat,
+        Content,
+        Progress,
+        Versioned,
+    )
 }
 
 
 def encode(value: object) -> bytes:
-    """Give the JSON form of a record, `PoolFormat` or `Content`: one indented object and a final newline."""
+    """Give the JSON form of a record or of one of the other kinds: one indented object and a final newline."""
     return _ADAPTERS[type(value)].dump_json(value, indent=1) + b"\n"
 
 

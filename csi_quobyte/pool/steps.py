@@ -146,6 +146,16 @@ class Steps:
         with translated(path), suppress(FileNotFoundError):
             os.unlink(path)
 
+    def scribble(self, path: str, data: bytes | None) -> None:
+        """Write a small file whose contents nothing rests on, or remove it (None). No step: it is neither durable nor
+        whole, a reader may find half of it, and where it cannot be written it is not.
+        """
+        with suppress(OSError):
+            if data is None:
+                os.unlink(path)
+            else:
+                self._fill(path, lambda fd: write_whole(fd, data), os.O_CREAT, sync=False)
+
     # --- names -------------------------------------------------------------------------------------------------
 
     def link(self, path: str, name: str, *, sync: bool = True) -> None:

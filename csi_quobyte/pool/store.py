@@ -35,6 +35,7 @@ from csi_quobyte.pool.records import (
     Owner,
     PoolFormat,
     PoolSettings,
+    Progress,
     R,
     SnapshotRecord,
     VolumeRecord,
@@ -685,11 +686,13 @@ class Store:
         self,
         record: LayerRecord,
         marker: str,
-        write: Callable[[int], None],
+        write: Callable[[int], None] | str,
         *,
         also: Sequence[str] = (),
     ) -> LayerRecord:
-        """Make a layer, referred to by `marker`: refs, image (filled by `write`), record; durable on return.
+        """Make a layer, referred to by `marker`: refs, image, record; durable on return.
+
+        The image is filled by `write`, or is the complete temporary file of that path, which is discarded then.
 
         What an earlier attempt of the same intent has made is kept: each part is published whole, under a random id.
         They are looked for one by one, because after a power cut some of the names may be there and others not. The
@@ -711,7 +714,7 @@ class Store:
         unnamed: dict[str, str] = {}
         try:
             if self.image_bytes(record) is None:
-                unnamed[path] = self._steps.write_temporary(write, sync=False)
+                unnamed[path] = write if isinstance(write, str) else self._steps.write_temporary(write, sync=False)
             if found is None:
                 content = records.encode(made)
                 unnamed[self._path_of(made)] = self._steps.write_temporary(
@@ -726,6 +729,14 @@ class Store:
             for temporary in unnamed.values():
                 self._steps.discard(temporary)
         return made
+
+    def write_image(self, write: Callable[[int], None]) -> str:
+        """Make a file for an image that is filled before it gets its name, by `make_layer`; gives its temporary path.
+
+        Raises:
+            Exhausted: no space; nothing is left.
+        """
+        return self._steps.write_temporary(write, sync=False)
 
     def remove_image(self, layer_id: str, file: str) -> None:
         """Remove a layer's image durably; gone already is success. Only after `condemn`, or for an undone intent."""
@@ -915,8 +926,34 @@ class Store:
             os.close(fd)
 
     def discard_temporary(self, path: str) -> None:
-        """Remove a stale temporary file. A writer that lives after all fails cleanly: its link finds nothing."""
+        """Remove a temporary file, a stale one or one's own.
+
+        A writer that lives after all fails cleanly: its link finds nothing.
+        """
         self._steps.discard(path)
+
+    # --- how far something is ----------------------------------------------------------------------------------
+
+    def _progress_paths(self, layer_id: str) -> list[str]:
+        ending = f".{layer_id[:12]}"
+        return [f"{self.root}/tmp/{name}" for name in _names(f"{self.root}/tmp") if name.endswith(ending)]
+
+    def put_progress(self, layer_id: str, current_bytes: int, total_bytes: int) -> None:
+        """Note how far the filling of a layer is, for whoever asks; not durable, and gone with this process."""
+        path = f"{self.root}/tmp/{self._token}.{layer_id[:12]}"
+        self._steps.scribble(path, records.encode(Progress(current_bytes=current_bytes, total_bytes=total_bytes)))
+
+    def drop_progress(self, layer_id: str) -> None:
+        """Forget this process's note of how far the filling of a layer is."""
+        self._steps.scribble(f"{self.root}/tmp/{self._token}.{layer_id[:12]}", None)
+
+    def progress(self, layer_id: str) -> Progress | None:
+        """Give how far some process is with filling a layer, None if none says so."""
+        for path in self._progress_paths(layer_id):
+            with suppress(Corrupt):  # it is being written
+                if (found := self._find(Progress, path)) and self.is_alive(os.path.basename(path).partition(".")[0]):
+                    return found
+        return None
 
     def prove_primitives(self) -> None:
         """Try the file operations that everything rests on, in the directory for temporaries; leaves nothing.

@@ -8,6 +8,7 @@ from typing import TypeVar
 import grpc
 
 from csi_quobyte.engine.collector import Collector
+from csi_quobyte.engine.copying import Copies
 from csi_quobyte.engine.layers import ready_volume
 from csi_quobyte.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Refused
 from csi_quobyte.operations import capacity, snapshots, volumes
@@ -50,9 +51,10 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
     Each call that changes something has its object to itself from its arrival until its work has really ended.
     """
 
-    def __init__(self, pools: Pools, collectors: Mapping[str, Collector]) -> None:
-        """`collectors` is by pool name."""
+    def __init__(self, pools: Pools, collectors: Mapping[str, Collector], copiers: Mapping[str, Copies]) -> None:
+        """`collectors` and `copiers` are by pool name."""
         self._pools = pools
+        self._copiers = copiers
         self._collectors = collectors
         self._provisioned = Provisioned()
         self._reservations = Reservations()
@@ -66,9 +68,11 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         pool = self._pools.named(given.pool)
         self._check_source(pool, source)
         self._check_other_pools(pool, lambda store: store.find_volume(records.volume_id(store.prefix, checked.name)))
-        release = self._collectors[pool.name].release
+        release, copies = self._collectors[pool.name].release, self._copiers[pool.name]
         taken = self._reservations.take(records.volume_id(pool.prefix or pool.name, checked.name))
-        made = pool.run(lambda store: volumes.create(store, checked, self._provisioned, release), finished=taken)
+        made = pool.run(
+            lambda store: volumes.create(store, checked, self._provisioned, release, copies), finished=taken
+        )
         return csi.CreateVolumeResponse(volume=convert.volume(made, pool.name))
 
     def _check_source(self, pool: Pool, source: Source | None) -> None:
@@ -90,9 +94,9 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
     def DeleteVolume(self, request: csi.DeleteVolumeRequest, context: grpc.ServicerContext) -> csi.DeleteVolumeResponse:
         volume_id = convert.required(request.volume_id, "the volume id")
         if pool := self._pools.find_owner(volume_id):
-            release = self._collectors[pool.name].release
+            release, copies = self._collectors[pool.name].release, self._copiers[pool.name]
             taken = self._reservations.take(volume_id)
-            pool.run(lambda store: volumes.delete(store, volume_id, self._provisioned, release), finished=taken)
+            pool.run(lambda store: volumes.delete(store, volume_id, self._provisioned, release, copies), finished=taken)
         return csi.DeleteVolumeResponse()
 
     def ControllerPublishVolume(

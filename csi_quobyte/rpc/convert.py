@@ -155,8 +155,11 @@ def create_request(
     access_type = checked[0].access_type
     filesystem = _filesystem(checked, given) if access_type == "mount" else ""
     to_make = filesystem or (DEFAULT_FILESYSTEM if access_type == "mount" else "")
-    if source and given.preallocation != "off":
-        raise InvalidArgument(f"preallocation {given.preallocation} is not possible with a source: it shares its space")
+    if source and given.preallocation != "off" and given.clone_mode != "copy":
+        raise InvalidArgument(
+            f"preallocation {given.preallocation} is not possible with a source, whose space is shared; cloneMode copy "
+            "shares none"
+        )
     size = size_range(request.capacity_range if request.HasField("capacity_range") else None)
     minimum_bytes = MINIMUM_SIZE_BYTES.get(to_make, GRANULARITY_BYTES)
     return CreateRequest(
@@ -169,6 +172,7 @@ def create_request(
         filesystem=filesystem,
         mkfs_options=parameters.mkfs_options(to_make, given.mkfs_options),
         source=source,
+        clone_mode=given.clone_mode,
         minimum_bytes=minimum_bytes,
         kubernetes=given.kubernetes,
     )

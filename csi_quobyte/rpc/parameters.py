@@ -6,7 +6,7 @@ from typing import cast
 
 from csi_quobyte.errors import InvalidArgument
 from csi_quobyte.host.filesystem import check_mkfs_options
-from csi_quobyte.pool.records import DataPath, ImageFormat, Preallocation
+from csi_quobyte.pool.records import CloneMode, DataPath, ImageFormat, Preallocation
 
 KUBERNETES_PREFIX = "csi.storage.k8s.io/"
 FSTYPE = f"{KUBERNETES_PREFIX}fstype"
@@ -28,27 +28,36 @@ VOLUME_PARAMETERS = (
         "volumeFormat",
         ("qcow2", "raw"),
         "qcow2",
-        "Format of a blank volume's image file. What lies on a source or on a snapshot is always qcow2.",
+        "Format of the image file of a volume that is blank or a copy (cloneMode). What lies on a source or on a "
+        "snapshot is always qcow2.",
     ),
     Parameter(
         "preallocation",
         ("off", "metadata", "falloc"),
         "off",
         "Space taken at once. off: none; metadata (qcow2 only): that of the mapping tables; falloc: all of it. "
-        "With a source only off is possible.",
+        "With a source only off is possible, unless it is copied (cloneMode).",
     ),
     Parameter(
         "dataPath",
         ("auto", "fuse", "loop"),
         "auto",
         "How the image becomes a block device. auto and fuse: a storage daemon under a loop device. loop (raw only): "
-        "the kernel's loop device on the file itself, while the volume is a single image: without a source, and no "
+        "the kernel's loop device on the file itself, while the volume is a single image: blank or a copy, and no "
         "snapshot was taken. Otherwise as fuse.",
+    ),
+    Parameter(
+        "cloneMode",
+        ("overlay", "copy"),
+        "overlay",
+        "How a volume with a source is made. overlay: at once, it shares its data with the source. copy: an "
+        "independent image in volumeFormat with its preallocation, copied in the background; until that is done the "
+        "claim is pending.",
     ),
     Parameter("mkfsOptions", (), "", "Further options for mkfs, from the allow-list of the file system."),
     Parameter(FSTYPE, ("ext4", "xfs"), "ext4", "File system of the volume. One with a source has the source's."),
 )
-RESERVED_VOLUME_PARAMETERS = ("cloneMode", "sourceImage", "crashPolicy", "onDelete", "evictOnFailure")
+RESERVED_VOLUME_PARAMETERS = ("sourceImage", "crashPolicy", "onDelete", "evictOnFailure")
 SNAPSHOT_PARAMETERS: tuple[Parameter, ...] = ()
 RESERVED_SNAPSHOT_PARAMETERS = ("fsfreeze",)
 
@@ -61,6 +70,7 @@ class VolumeParameters:
     image_format: ImageFormat
     preallocation: Preallocation
     data_path: DataPath
+    clone_mode: CloneMode
     mkfs_options: str
     filesystem: str
     kubernetes: dict[str, str]
@@ -88,6 +98,7 @@ def volume_parameters(given: Mapping[str, str]) -> VolumeParameters:
         image_format=image_format,
         preallocation=preallocation,
         data_path=data_path,
+        clone_mode=cast(CloneMode, _choice(given, "cloneMode")),
         mkfs_options=given.get("mkfsOptions", ""),
         filesystem=given.get(FSTYPE, ""),
         kubernetes=_kubernetes(given),

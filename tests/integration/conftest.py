@@ -1,7 +1,9 @@
 """Fixtures for tests on a real pool: a plain directory made a pool, opened without demands on its mount."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from controller_kit import OWNER, Kit
 
 from csi_quobyte.pool import records
 from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool.records import PoolSettings
+from csi_quobyte.pool.sizes import MIB
 from csi_quobyte.pool.store import Store
 
 
@@ -49,3 +53,27 @@ def kit(store: Store) -> Kit:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim counts as a dead process's after 10 ms instead of two seconds."""
     monkeypatch.setattr(store_module, "_CLAIM_PATIENCE_S", 0.01)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Kit]:
+    """A controller on a pool of 24 MiB that is a file system of its own, thinly provisioned without end."""
+    image, root = tmp_path / "pool.img", tmp_path / "small"
+    root.mkdir()
+    with image.open("wb") as file:
+        file.truncate(24 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-N", "4096", str(image)], check=True, timeout=30)
+    subprocess.run(["mount", "-o", "loop", str(image), str(root)], check=True, timeout=30)
+    opened: list[Store] = []
+    try:
+        store_module.initialise(str(root), owner=OWNER, modes=records.Modes())
+        opened.append(Store(str(root)))
+        settings = PoolSettings(reservedPercentage=0, maxOverSubscription=1e9)
+        opened[0].format = replace(opened[0].format, settings=settings)
+        kit = Kit(opened[0])
+        kit.add_node()
+        yield kit
+    finally:
+        for store in opened:
+            store.close()
+        subprocess.run(["umount", str(root)], check=True, timeout=30)

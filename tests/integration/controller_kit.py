@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from csi_quobyte.engine import check as check_module
-from csi_quobyte.engine import collector, index, merging
+from csi_quobyte.engine import collector, copying, index, merging
 from csi_quobyte.engine.merger import end_begun, work_in
 from csi_quobyte.errors import Busy
 from csi_quobyte.host import qemu, qemu_img
@@ -92,7 +93,7 @@ def read_disk(store: Store, layer_id: str) -> str:
     return qemu_img.chain_json(layers)
 
 
-def _write_disk(store: Store, layer_id: str) -> str:
+def write_disk(store: Store, layer_id: str) -> str:
     """The json: name of a head for writing: every layer named by the records, the lower ones read-only."""
     node: dict[str, object] | None = None
     for layer in reversed(chain_of(layer_id, store.find_layer)):
@@ -119,6 +120,21 @@ def qemu_io(disk: str, *commands: str, read_only: bool) -> int:
     return done.returncode
 
 
+class CopiesAtOnce:
+    """Makes copies in the calling thread: each durable step of one then is a step of the call."""
+
+    def volume(self, store: Store, volume: VolumeRecord, release: Callable[[str | None], None]) -> VolumeRecord:
+        made = copying.copy_volume(store, tools(), volume, lambda _: "go on")
+        release(volume.parent)
+        return made
+
+    def failure(self, _: str) -> None:
+        return None
+
+    def cancel(self, _: str) -> None:
+        return
+
+
 @dataclass
 class Kit:
     """One controller on one store. Names are CSI names; `released` holds what the collector was told."""
@@ -126,6 +142,7 @@ class Kit:
     store: Store
     provisioned: Provisioned = field(default_factory=Provisioned)
     released: list[str | None] = field(default_factory=list)
+    copies: copying.Copies = field(default_factory=lambda: CopiesAtOnce())
 
     # --- operations --------------------------------------------------------------------------------------------
 
@@ -145,10 +162,12 @@ class Kit:
         """CreateVolume; a source without a size takes the source's."""
         if "source" in changes and "size" not in changes:
             changes["size"] = SizeRange()
-        return volumes.create(self.store, new_request(name, **changes), self.provisioned, self.released.append)
+        return volumes.create(
+            self.store, new_request(name, **changes), self.provisioned, self.released.append, self.copies
+        )
 
     def delete(self, name: str) -> None:
-        volumes.delete(self.store, self.volume_id(name), self.provisioned, self.released.append)
+        volumes.delete(self.store, self.volume_id(name), self.provisioned, self.released.append, self.copies)
 
     def snapshot(self, name: str, of: str) -> SnapshotRecord:
         request = SnapshotRequest(name=name, source_volume=self.volume_id(of), kubernetes={})
@@ -206,7 +225,7 @@ class Kit:
 
     def write(self, name: str, pattern: int, *, block: int = 0) -> None:
         """Fill one block of a detached volume with a byte."""
-        disk = _write_disk(self.store, self.store.volume(self.volume_id(name)).head)
+        disk = write_disk(self.store, self.store.volume(self.volume_id(name)).head)
         qemu_io(disk, f"write -P {pattern} {block * BLOCK_BYTES} {BLOCK_BYTES}", read_only=False)
 
     def layer_holds(self, layer_id: str, *patterns: int) -> bool:
@@ -280,7 +299,7 @@ class Kit:
             snapshots.delete(self.store, record_id, self.released.append)
             return
         volumes.detach(self.store, record_id, "")
-        volumes.delete(self.store, record_id, self.provisioned, self.released.append)
+        volumes.delete(self.store, record_id, self.provisioned, self.released.append, self.copies)
 
     def consistency(self) -> None:
         """Assert what must hold of every finished object, whatever happened before."""

@@ -46,6 +46,10 @@ OPERATIONS: dict[str, Callable[[Kit], object]] = {
     "create from snapshot": lambda kit: kit.create("new", source=kit.from_snapshot("s")),
     "create from volume": lambda kit: kit.create("new", source=kit.from_volume("v"), size=SizeRange(2 * SIZE_BYTES)),
     "create from untouched volume": lambda kit: kit.create("new", source=kit.from_volume("c")),
+    "copy of snapshot": lambda kit: kit.create("new", source=kit.from_snapshot("s"), clone_mode="copy"),
+    "copy of volume": lambda kit: kit.create(
+        "new", source=kit.from_volume("v"), size=SizeRange(2 * SIZE_BYTES), clone_mode="copy", image_format="raw"
+    ),
     "snapshot": lambda kit: kit.snapshot("new", of="v"),
     "snapshot of untouched volume": lambda kit: kit.snapshot("new", of="c"),
     "delete volume": lambda kit: kit.delete("v"),

@@ -1,21 +1,17 @@
 """Capacity: the formula, GetCapacity against what create accepts, and a pool that really is full: an ext4 of 24 MiB."""
 
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from controller_kit import OWNER, Kit, tree
+from controller_kit import Kit, tree
 
 from csi_quobyte.errors import Exhausted
 from csi_quobyte.operations.capacity import Provisioned, available_bytes
-from csi_quobyte.pool import records
-from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import PoolSettings
 from csi_quobyte.pool.sizes import GIB, MIB, SizeRange, human
-from csi_quobyte.pool.store import Store
 
 Spaced = Callable[..., Kit]
 
@@ -109,30 +105,6 @@ def test_other_processes_volumes_are_counted_after_a_minute(kit: Kit) -> None:
 
 
 # --- a full pool -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Kit]:
-    """A controller on a pool of 24 MiB that is a file system of its own, thinly provisioned without end."""
-    image, root = tmp_path / "pool.img", tmp_path / "small"
-    root.mkdir()
-    with image.open("wb") as file:
-        file.truncate(24 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-N", "4096", str(image)], check=True, timeout=30)
-    subprocess.run(["mount", "-o", "loop", str(image), str(root)], check=True, timeout=30)
-    opened: list[Store] = []
-    try:
-        store_module.initialise(str(root), owner=OWNER, modes=records.Modes())
-        opened.append(Store(str(root)))
-        settings = PoolSettings(reservedPercentage=0, maxOverSubscription=1e9)
-        opened[0].format = replace(opened[0].format, settings=settings)
-        kit = Kit(opened[0])
-        kit.add_node()
-        yield kit
-    finally:
-        for store in opened:
-            store.close()
-        subprocess.run(["umount", str(root)], check=True, timeout=30)
 
 
 def fill(root: str) -> Path:

@@ -6,6 +6,7 @@ error is found by `check`, nothing at all after the collector, and when everythi
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from csi_quobyte.pool.records import Modes, SnapshotState, VolumeState
 from csi_quobyte.pool.store import Store
 
 RETRY_S = 5.0
+# A copy starts several processes each time: of its steps a sample is killed, all of them by `make crash`.
+COPY_EVERY = int(os.environ.get("CSI_QUOBYTE_CRASH_EVERY", "6"))
+SEED = int(os.environ.get("CSI_QUOBYTE_SEED", "0")) or random.SystemRandom().randrange(1 << 31)
 MINIMUM_KILLS = 300
 
 
@@ -167,6 +171,8 @@ AFTER: dict[str, dict[str, tuple[int, ...]]] = {
     "create from snapshot": {"new": (1, 0, 0)},
     "create from volume": {"new": (1, 2, 3)},
     "create from untouched volume": {"new": (1, 2, 0)},
+    "copy of snapshot": {"new": (1, 0, 0)},
+    "copy of volume": {"new": (1, 2, 3)},
 }
 SNAPSHOT_AFTER = {"snapshot": (1, 2, 3), "snapshot of untouched volume": (1, 2, 0)}
 # What deletes the object that an operation works on.
@@ -175,11 +181,19 @@ DELETES: dict[str, Callable[[Kit], None]] = {
     "create from snapshot": lambda kit: kit.delete("new"),
     "create from volume": lambda kit: kit.delete("new"),
     "create from untouched volume": lambda kit: kit.delete("new"),
+    "copy of snapshot": lambda kit: kit.delete("new"),
+    "copy of volume": lambda kit: kit.delete("new"),
     "snapshot": lambda kit: kit.delete_snapshot("new"),
     "snapshot of untouched volume": lambda kit: kit.delete_snapshot("new"),
     "delete snapshot": lambda kit: kit.delete_snapshot("s"),
     "expand": lambda kit: kit.delete("v"),
 }
+
+
+def steps_of(operation: str) -> range:
+    """The steps before which an operation is killed, as far as it has them."""
+    every = COPY_EVERY if "copy" in operation else 1
+    return range(1 + SEED % every, 1000, every)
 
 
 def check_contents(kit: Kit, expected: dict[str, tuple[int, ...]]) -> None:
@@ -227,7 +241,7 @@ def test_operation_killed_before_any_step_is_completed_by_a_retry(
     operation: str, runner: Runner, template: tuple[Path, Tree], fresh: Callable[[], Kit], impatient: None
 ) -> None:
     before = runner.kills
-    for step in range(1, 1000):
+    for step in steps_of(operation):
         kit = fresh()
         if not runner.run(Path(kit.store.root), operation, step):
             break
@@ -236,7 +250,7 @@ def test_operation_killed_before_any_step_is_completed_by_a_retry(
             check_pool(kit, inside=step % 6 == 1)
             check_effect(kit, operation)
             check_all_deleted(kit, template[1])
-    assert runner.kills - before == step - 1 > 2
+    assert runner.kills - before == len(range(steps_of(operation).start, step, steps_of(operation).step)) > 2
     print(f"{operation}: killed before each of {step - 1} steps, retried")
 
 
@@ -245,7 +259,7 @@ def test_operation_killed_before_any_step_is_completed_by_a_retry(
 def test_object_of_an_operation_killed_before_any_step_can_be_deleted(
     operation: str, runner: Runner, template: tuple[Path, Tree], fresh: Callable[[], Kit], impatient: None
 ) -> None:
-    for step in range(1, 1000):
+    for step in steps_of(operation):
         kit = fresh()
         if not runner.run(Path(kit.store.root), operation, step):
             break
@@ -262,11 +276,11 @@ def test_object_of_an_operation_killed_before_any_step_can_be_deleted(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("operation", ["create from volume", "snapshot"])
+@pytest.mark.parametrize("operation", ["create from volume", "copy of volume", "snapshot"])
 def test_sources_of_a_killed_operation_can_be_deleted_first(
     operation: str, runner: Runner, template: tuple[Path, Tree], fresh: Callable[[], Kit], impatient: None
 ) -> None:
-    for step in range(1, 1000):
+    for step in steps_of(operation):
         kit = fresh()
         if not runner.run(Path(kit.store.root), operation, step):
             break
@@ -320,7 +334,7 @@ class _named:  # noqa: N801 - reads as a word
     """Adds the operation and the step to a failed assertion."""
 
     def __init__(self, operation: str, step: int) -> None:
-        self._note = f"{operation}, killed before step {step}"
+        self._note = f"{operation}, killed before step {step}, seed {SEED}"
 
     def __enter__(self) -> None:
         return

@@ -58,6 +58,7 @@ EXAMPLE_PARAMETERS = {
     "volumeFormat": "qcow2",
     "preallocation": "off",
     "dataPath": "auto",
+    "cloneMode": "overlay",
     "mkfsOptions": "-m 1 -i 65536",
     FSTYPE: "ext4",
 }
@@ -287,8 +288,8 @@ three at once; of the options for mkfs and mount, one for each file system. `vol
 of the claim.
 {_table(["Given", "Answer"], together)}
 
-A class with another `preallocation` than `"off"` therefore cannot be used to restore a snapshot or to clone a volume: \
-make a second class for that.
+A class with another `preallocation` than `"off"` therefore cannot be used to restore a snapshot or to clone a volume, \
+unless it has `cloneMode: copy`.
 
 Examples of unknown keys and values:
 {_table(["Given", "Answer"], [*single, *pools])}"""

@@ -1,0 +1,367 @@
+"""Copies of a chain into one new image, in the background: what the clone mode copy makes of a volume.
+
+    L (frozen) <-- c-N            before and while it is copied: no record N, so that nothing below L may change
+    N (no parent) <-- v-V         once it is published; c-N goes after the volume is ready
+
+A copy may take hours, so no call waits for it: `Copier.volume` starts it on one of a few threads of the pool and raises
+Busy with how far it is; the retry finds it, or the ready volume. It ends with this process; the next retry begins it
+again from nothing, in this or another controller.
+
+Always true: of all processes one copies a volume (a lock, and where that does not reach, the first to publish); what is
+being copied is a temporary file, and becomes the image only when it is whole; the volume's lock is held for a moment at
+the end and not while data moves, so that the volume can be deleted at any time.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Final, Protocol
+
+from csi_quobyte.engine import layers, removal
+from csi_quobyte.engine.removal import Release
+from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted, NotFound, OutOfRange, Refused, Unavailable
+from csi_quobyte.host import jobs
+from csi_quobyte.host.jobs import Progress
+from csi_quobyte.host.qemu import ImageLayer, QemuTools
+from csi_quobyte.pool import images
+from csi_quobyte.pool.chain import chain_of
+from csi_quobyte.pool.records import (
+    LayerRecord,
+    LayerState,
+    VolumeRecord,
+    VolumeState,
+    child_marker,
+    same_version,
+    volume_marker,
+)
+from csi_quobyte.pool.sizes import human
+from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
+
+COPIES_AT_ONCE: Final = 2
+"""For each pool; further ones wait for their turn."""
+FIRST_WAIT_S: Final = 0.5
+"""A call waits so long for its copy: what is small is answered at once."""
+
+_NOTE_EVERY_S = 1.0  # how often the progress is written down, and the volume's record is looked at
+_LOCK_PATIENCE_S = 30.0
+_LOCK_PAUSE_S = 0.05
+_CANCEL_WAIT_S = 5.0
+_FAILURES_KEPT = 1000
+_FINAL = (Exhausted, NotFound, OutOfRange, Refused, Corrupt)
+
+Watch = jobs.Watch
+
+
+class Copies(Protocol):
+    """What makes the copies that volumes ask for."""
+
+    def volume(self, store: Store, volume: VolumeRecord, release: Release) -> VolumeRecord:
+        """Give the volume once what its pinned intent says has been copied.
+
+        Raises:
+            Busy: it is under way, or waits for its turn; the message says how far it is.
+            Unavailable: it was broken off, and begins again with the next call.
+            Exhausted, Corrupt, OutOfRange: it cannot be made; nothing of the volume is left.
+        """
+
+    def failure(self, volume_id: str) -> tuple[VolumeRecord, DriverError] | None:
+        """Give, once, why the last copy of a volume failed for good, and what the volume was to be."""
+
+    def cancel(self, volume_id: str) -> None:
+        """Stop the copying of a volume that is being deleted, and forget a failure of it."""
+
+
+# --- one copy --------------------------------------------------------------------------------------------------
+
+
+def copy_volume(
+    store: Store, tools: QemuTools, volume: VolumeRecord, watch: Watch, *, speed_bytes_per_s: int | None = None
+) -> VolumeRecord:
+    """Do what the pinned intent of a volume says: copy what `parent` shows into its head, and make the volume ready.
+
+    Raises:
+        Stopped: the watch said so, or the volume is not what it was any more.
+        Busy: another process copies it, or a merge is under way below its source.
+        Exhausted, Corrupt, OutOfRange: it cannot be done; the intent is as it was.
+        Unavailable: the pool or the copying process failed; try again.
+    """
+    if volume.parent is None or not volume.pinned:
+        raise Corrupt(f"volume {volume.id} is not one that can be copied: its source is not held")
+    with store.lock(f"copy of {volume.head}"):
+        _check_unchanged(store, volume)
+        copied = None
+        record = _base_record(volume.head, volume)
+        if store.image_bytes(record) is None:  # an image that has its name is whole
+            attentive = _attentive(store, volume, watch)
+            copied = _copy_chain(store, tools, volume.parent, record, volume, attentive, speed_bytes_per_s)
+        try:
+            with _lock_patiently(store, volume.id):
+                _check_unchanged(store, volume)
+                made = _publish(store, volume, record, copied)
+        finally:
+            if copied:
+                store.discard_temporary(copied)
+        # die here: a marker that nothing needs, which the collector removes
+        store.unmark(volume.parent, child_marker(volume.head))
+        return made
+
+
+def _base_record(layer_id: str, volume: VolumeRecord) -> LayerRecord:
+    return LayerRecord(
+        id=layer_id,
+        file=f"{layer_id}.{volume.image_format}",
+        format=volume.image_format,
+        size_bytes=volume.size_bytes,
+        parent=None,
+        state=LayerState.HEAD,
+    )
+
+
+def _copy_chain(
+    store: Store,
+    tools: QemuTools,
+    source: str,
+    target: LayerRecord,
+    volume: VolumeRecord,
+    watch: Watch,
+    speed_bytes_per_s: int | None,
+) -> str:
+    """Copy what layer `source` shows into a temporary file, and give its path; whole and durable on return.
+
+    The file is made as that of a blank volume is, with its preallocation, and then filled.
+    """
+    chain = tuple(reversed(chain_of(source, store.find_layer)))
+    layers.check_quiet(store, chain)
+    images.check_chain(store, chain)
+    opened = [ImageLayer(one.id, store.image_path(one), one.format) for one in chain]
+    writer = images.blank(target.format, size_bytes=target.size_bytes, preallocation=volume.preallocation)
+    path = store.write_image(writer)
+    try:
+        jobs.copy_chain(
+            tools,
+            opened,
+            path,
+            target.format,
+            size_bytes=target.size_bytes,
+            watch=watch,
+            target_is_made=True,
+            speed_bytes_per_s=speed_bytes_per_s,
+        )
+    except BaseException:
+        store.discard_temporary(path)
+        raise
+    finally:
+        store.drop_progress(target.id)
+    return path
+
+
+def _publish(store: Store, volume: VolumeRecord, record: LayerRecord, copied: str | None) -> VolumeRecord:
+    """Make the copied file the head of its volume, and the volume ready, which is the commit. The volume is locked."""
+    done = replace(volume, state=VolumeState.READY, unfinished=False, pinned=False, parent=None)
+    with store.prepared(volume, done) as ready:
+        # without a file of ours the image is there already, and is not made
+        store.make_layer(record, volume_marker(volume), copied or _never, also=[ready.temporary])
+        return store.commit(ready)
+
+
+def _never(_: int) -> None:
+    raise Busy("an image that was there is gone: another operation has given it up")
+
+
+def _check_unchanged(store: Store, volume: VolumeRecord) -> None:
+    current = store.find_volume(volume.id)
+    if current is None or not same_version(current, volume):
+        raise jobs.Stopped(f"volume {volume.id} is not what it was when its copy began")
+
+
+def _attentive(store: Store, volume: VolumeRecord, watch: Watch) -> Watch:
+    """Give a watch that now and then notes how far the copy is, and stops when the volume was deleted meanwhile."""
+    noted_at = 0.0
+
+    def attentive(progress: Progress) -> jobs.Answer:
+        nonlocal noted_at
+        if time.monotonic() - noted_at >= _NOTE_EVERY_S:
+            noted_at = time.monotonic()
+            store.put_progress(volume.head, progress.current_bytes, progress.total_bytes)
+            _check_unchanged(store, volume)
+        return watch(progress)
+
+    return attentive
+
+
+@contextmanager
+def _lock_patiently(store: Store, name: str) -> Iterator[None]:
+    """Hold a lock that calls take for a moment, too.
+
+    Raises:
+        Busy: it was taken all the time.
+    """
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            lock = store.lock(name)
+            lock.__enter__()
+        except Busy:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOCK_PAUSE_S)
+        else:
+            break
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+# --- in the background -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    """One copy: waiting, running or ended."""
+
+    record: VolumeRecord
+    progress: Progress | None = None
+    error: DriverError | None = None
+    made: VolumeRecord | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self, progress: Progress) -> jobs.Answer:
+        """What the copying process is asked with."""
+        self.progress = progress
+        return "stop" if self.stop.is_set() else "go on"
+
+    def __str__(self) -> str:
+        if self.progress is None:
+            return "waits for its turn"
+        if not self.progress.total_bytes:
+            return "has begun"
+        share = 100 * self.progress.current_bytes // self.progress.total_bytes
+        return f"is at {share} % of {human(self.progress.total_bytes)}"
+
+
+class Copier:
+    """The copies of one pool; `stop` ends what is under way."""
+
+    def __init__(
+        self,
+        tools: QemuTools,
+        name: str,
+        *,
+        first_wait_s: float = FIRST_WAIT_S,
+        speed_bytes_per_s: int | None = None,
+    ) -> None:
+        """`name` is the pool's; `speed_bytes_per_s` limits each copy."""
+        self._tools = tools
+        self._speed_bytes_per_s = speed_bytes_per_s
+        self._first_wait_s = first_wait_s
+        self._guard = threading.Lock()
+        self._jobs: dict[str, _Job] = {}
+        self._failures: dict[str, tuple[VolumeRecord, DriverError]] = {}
+        self._stopping = False
+        self._threads = ThreadPoolExecutor(COPIES_AT_ONCE, thread_name_prefix=f"copier-{name}")
+
+    def volume(self, store: Store, volume: VolumeRecord, release: Release) -> VolumeRecord:
+        """See `Copies`."""
+        job = self._job(volume.id, volume, lambda job: self._copy(store, job, release))
+        job.ended.wait(self._first_wait_s)
+        if job.made:
+            return job.made
+        if job.error:
+            self.failure(volume.id)  # it is told now
+            raise job.error
+        raise Busy(f"the copy for volume {volume.id} {job}; it goes on, try again")
+
+    def failure(self, volume_id: str) -> tuple[VolumeRecord, DriverError] | None:
+        """See `Copies`."""
+        with self._guard:
+            return self._failures.pop(volume_id, None)
+
+    def cancel(self, volume_id: str) -> None:
+        """See `Copies`."""
+        self.failure(volume_id)
+        with self._guard:
+            job = self._jobs.get(volume_id)
+            if job and job.progress is None:
+                del self._jobs[volume_id]  # it has not begun, and will not
+        if job:
+            job.stop.set()
+            if job.progress:
+                # where that is not enough, it ends by itself once it looks at the volume's record
+                job.ended.wait(_CANCEL_WAIT_S)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End what is under way and begin nothing more; False if that takes longer than the time limit."""
+        deadline = time.monotonic() + timeout_s
+        with self._guard:
+            self._stopping = True
+            running = list(self._jobs.values())
+        for job in running:
+            job.stop.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        return all(job.progress is None or job.ended.wait(deadline - time.monotonic()) for job in running)
+
+    def _job(self, key: str, record: VolumeRecord, work: Callable[[_Job], None]) -> _Job:
+        """Give the job of a volume, begun now or by an earlier call.
+
+        Raises:
+            Unavailable: this process ends.
+        """
+        with self._guard:
+            if self._stopping:
+                raise Unavailable("this controller ends")
+            present = self._jobs.get(key)
+            if present and not present.stop.is_set():
+                return present
+            if present and not present.ended.is_set():
+                raise Busy(f"an earlier copy for {key} is being stopped")
+            job = self._jobs[key] = _Job(record)
+            self._threads.submit(self._run, key, job, work)
+            return job
+
+    def _run(self, key: str, job: _Job, work: Callable[[_Job], None]) -> None:
+        started = time.monotonic()
+        try:
+            if job.stop.is_set():
+                raise jobs.Stopped("stopped before it began")
+            job.progress = Progress(0, 0)
+            work(job)
+            log.info("the copy for %s took %.1f s", key, time.monotonic() - started)
+        except DriverError as error:
+            log.log(logging.INFO if isinstance(error, Busy) else logging.WARNING, "the copy for %s: %s", key, error)
+            job.error = error
+        except Exception as error:  # the traceback tells of the bug
+            log.exception("the copy for %s", key)
+            job.error = Unavailable(f"the copy for {key} ended with an unexpected error: {error!r}")
+        finally:
+            with self._guard:
+                if self._jobs.get(key) is job:
+                    del self._jobs[key]
+            job.ended.set()
+
+    def _copy(self, store: Store, job: _Job, release: Release) -> None:
+        volume = job.record
+        try:
+            job.made = copy_volume(store, self._tools, volume, job.watch, speed_bytes_per_s=self._speed_bytes_per_s)
+        except _FINAL as error:
+            # final for the sidecars: they forget the volume, so nothing of it may stay
+            with _lock_patiently(store, volume.id):
+                released = removal.remove_volume(store, volume)
+            release(released)
+            self._remember(volume, error)
+            raise
+        release(volume.parent)
+
+    def _remember(self, volume: VolumeRecord, error: DriverError) -> None:
+        """Keep an error for the call that asks for this volume next."""
+        with self._guard:
+            while len(self._failures) >= _FAILURES_KEPT:
+                del self._failures[next(iter(self._failures))]
+            self._failures[volume.id] = (volume, error)

@@ -1,0 +1,366 @@
+"""cloneMode copy: what it makes, in the background, and what is left when anything happens meanwhile.
+
+A copy is made slow by a limit of 1 MiB/s where something has to happen while it runs.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from controller_kit import SIZE_BYTES, Kit, qemu_io, read_disk, tools, tree, write_disk
+
+from csi_quobyte.engine import copying
+from csi_quobyte.engine.copying import Copier
+from csi_quobyte.errors import AlreadyExists, Busy, Exhausted, Refused, Unavailable
+from csi_quobyte.pool.records import LayerState, VolumeState
+from csi_quobyte.pool.sizes import MIB, SizeRange
+from csi_quobyte.pool.store import Store
+
+DATA_BYTES = 24 * MIB
+SLOW_BYTES_PER_S = 1 << 20
+PATIENCE_S = 30.0
+
+
+def fill(kit: Kit, name: str, pattern: int, offset_bytes: int = 0, length_bytes: int = DATA_BYTES) -> None:
+    disk = write_disk(kit.store, kit.store.volume(kit.volume_id(name)).head)
+    qemu_io(disk, f"write -P {pattern} {offset_bytes} {length_bytes}", read_only=False)
+
+
+def holds(kit: Kit, name: str, pattern: int, offset_bytes: int = 0, length_bytes: int = DATA_BYTES) -> bool:
+    disk = read_disk(kit.store, kit.store.volume(kit.volume_id(name)).head)
+    return qemu_io(disk, f"read -P {pattern} {offset_bytes} {length_bytes}", read_only=True) == 0
+
+
+def allocated_bytes(kit: Kit, name: str) -> int:
+    (head,) = kit.chain(name)
+    found = kit.store.image_bytes(head)
+    assert found
+    return found[1]
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def until_ready(kit: Kit, work: Callable[[], object]) -> int:
+    """Repeat a call until it is not Busy, and give how often it was."""
+    deadline = time.monotonic() + PATIENCE_S
+    for times in range(100000):
+        try:
+            work()
+        except Busy:
+            assert time.monotonic() < deadline, "the copy does not end"
+            time.sleep(0.05)
+        else:
+            return times
+    return 0
+
+
+@pytest.fixture
+def slow(kit: Kit) -> Iterator[Kit]:
+    """A controller whose copies take 24 s for the data of volume v (24 MiB), and that has its snapshot s."""
+    kit.create("v", size=SizeRange(64 * MIB))
+    fill(kit, "v", 7)
+    kit.snapshot("s", of="v")
+    copier = Copier(tools(), "main", first_wait_s=0.01, speed_bytes_per_s=SLOW_BYTES_PER_S)
+    kit.copies = copier
+    yield kit
+    copier.stop(PATIENCE_S)
+
+
+def quick(kit: Kit) -> None:
+    """Let the copies that begin from now on be quick."""
+    kit.copies = Copier(tools(), "main", first_wait_s=0.01)
+
+
+def temporaries(kit: Kit) -> list[str]:
+    return os.listdir(f"{kit.store.root}/tmp")
+
+
+def copy_of_s(kit: Kit, name: str = "n", **changes: object) -> Callable[[], object]:
+    return lambda: kit.create(name, source=kit.from_snapshot("s"), clone_mode="copy", **changes)
+
+
+def begin(kit: Kit, work: Callable[[], object]) -> None:
+    """Have a copy under way."""
+    with pytest.raises(Busy):
+        work()
+    eventually(lambda: kit.store.progress(kit.store.volume(kit.volume_id("n")).head) is not None)
+
+
+# --- what it is ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image_format", "preallocation"),
+    [("qcow2", "off"), ("qcow2", "metadata"), ("qcow2", "falloc"), ("raw", "off"), ("raw", "falloc")],
+)
+def test_copy_is_one_image_of_the_class_with_the_same_contents(kit: Kit, image_format: str, preallocation: str) -> None:
+    kit.create("v", size=SizeRange(64 * MIB))
+    kit.write("v", 1)
+    kit.snapshot("older", of="v")
+    kit.write("v", 2, block=1)
+    kit.snapshot("s", of="v")
+    kit.write("v", 3)
+    made = copy_of_s(kit, image_format=image_format, preallocation=preallocation, size=SizeRange(96 * MIB))()
+    assert made == kit.store.volume(kit.volume_id("n"))
+    (head,) = kit.chain("n")
+    assert (head.format, head.parent, head.state, head.size_bytes) == (image_format, None, LayerState.HEAD, 96 * MIB)
+    assert kit.holds("n", 1, 2, 0)
+    assert holds(kit, "n", 0, 64 * MIB, 32 * MIB)
+    assert allocated_bytes(kit, "n") >= 96 * MIB if preallocation == "falloc" else allocated_bytes(kit, "n") < 2 * MIB
+    kit.write("n", 9)
+    assert kit.snapshot_holds("s", 1, 2, 0)
+    assert kit.check() == []
+    assert copy_of_s(kit, image_format=image_format, preallocation=preallocation, size=SizeRange(96 * MIB))() == made
+
+
+def test_copy_does_not_hold_its_source(kit: Kit) -> None:
+    new = tree(kit.store.root)
+    kit.create("v")
+    kit.write("v", 1)
+    kit.create("n", source=kit.from_volume("v"), clone_mode="copy")
+    kit.delete("v")
+    kit.sweep_until_quiet()
+    assert [layer.id for layer in kit.chain("n")] == list(kit.store.layer_ids())
+    assert kit.holds("n", 1, 0)
+    kit.delete_everything()
+    assert tree(kit.store.root) == new
+
+
+def test_copy_of_a_volume_takes_what_it_holds_now_and_refuses_an_attached_one(kit: Kit) -> None:
+    kit.create("v")
+    kit.write("v", 1)
+    kit.attach("v")
+    with pytest.raises(Refused, match="attached"):
+        kit.create("n", source=kit.from_volume("v"), clone_mode="copy")
+    assert kit.store.find_volume(kit.volume_id("n")) is None
+    kit.detach("v")
+    kit.create("n", source=kit.from_volume("v"), clone_mode="copy")
+    kit.write("v", 2)
+    assert kit.holds("n", 1, 0)
+    assert kit.holds("v", 2, 0)
+
+
+def test_copy_and_overlay_are_different_requests(kit: Kit) -> None:
+    kit.create("v")
+    kit.snapshot("s", of="v")
+    copy_of_s(kit)()
+    with pytest.raises(AlreadyExists, match="cloneMode is copy, asked for overlay"):
+        kit.create("n", source=kit.from_snapshot("s"))
+
+
+# --- in the background -----------------------------------------------------------------------------------------
+
+
+def test_call_answers_at_once_with_how_far_it_is_and_the_retry_gets_the_volume(kit: Kit) -> None:
+    kit.create("v", size=SizeRange(64 * MIB))
+    fill(kit, "v", 7, length_bytes=6 * MIB)
+    kit.snapshot("s", of="v")
+    kit.copies = Copier(tools(), "main", first_wait_s=0.01, speed_bytes_per_s=SLOW_BYTES_PER_S)
+    began = time.monotonic()
+    with pytest.raises(Busy):
+        copy_of_s(kit)()
+    assert time.monotonic() - began < 1.0
+    volume = kit.store.volume(kit.volume_id("n"))
+    assert (volume.state, volume.pinned) == (VolumeState.CREATING, True)
+    with pytest.raises(Unavailable, match="not ready"):
+        kit.attach("n")
+    other = Store(kit.store.root)
+    eventually(lambda: (other.progress(volume.head) or _NOTHING).current_bytes > 0)
+    with pytest.raises(Busy, match=r"is at [0-9]+ % of 64 MiB"):
+        copy_of_s(kit)()
+    assert until_ready(kit, copy_of_s(kit)) > 0
+    assert other.progress(volume.head) is None
+    other.close()
+    assert holds(kit, "n", 7, length_bytes=6 * MIB)
+    assert temporaries(kit) == []
+    assert kit.check() == []
+
+
+class _NOTHING:
+    current_bytes = 0
+
+
+def test_small_copy_is_there_with_the_first_call(kit: Kit) -> None:
+    kit.create("v")
+    kit.snapshot("s", of="v")
+    kit.copies = Copier(tools(), "main", first_wait_s=PATIENCE_S)
+    copy_of_s(kit)()
+    assert kit.store.volume(kit.volume_id("n")).state is VolumeState.READY
+
+
+def test_deleting_a_volume_that_is_being_copied_stops_the_copy_and_undoes_it(slow: Kit) -> None:
+    before = tree(slow.store.root)
+    begin(slow, copy_of_s(slow))
+    began = time.monotonic()
+    slow.delete("n")
+    assert time.monotonic() - began < 5.0
+    slow.sweep_until_quiet()
+    assert tree(slow.store.root) == before
+    assert slow.check() == []
+
+
+def test_deleting_from_another_controller_stops_the_copy_too(slow: Kit) -> None:
+    before = tree(slow.store.root)
+    begin(slow, copy_of_s(slow))
+    other = Kit(Store(slow.store.root))
+    other.delete("n")
+    eventually(lambda: temporaries(slow) == [])
+    slow.sweep_until_quiet()
+    assert tree(slow.store.root) == before
+    other.store.close()
+
+
+def test_source_deleted_while_it_is_copied(slow: Kit) -> None:
+    begin(slow, copy_of_s(slow))
+    slow.delete_snapshot("s")
+    slow.delete("v")
+    slow.sweep_until_quiet()
+    assert len(list(slow.store.layer_ids())) == 1
+    slow.copies.stop(PATIENCE_S)
+    quick(slow)
+    until_ready(slow, copy_of_s(slow))
+    assert holds(slow, "n", 7)
+    slow.sweep_until_quiet()
+    assert list(slow.store.layer_ids()) == [slow.chain("n")[0].id]
+    assert slow.check() == []
+
+
+def test_two_controllers_make_one_copy(slow: Kit) -> None:
+    begin(slow, copy_of_s(slow))
+    other = Kit(Store(slow.store.root))
+    other.copies = Copier(tools(), "main", first_wait_s=5.0)
+    with pytest.raises(Busy, match="another process"):
+        copy_of_s(other)()
+    assert (
+        len([name for name in temporaries(slow) if Path(slow.store.root, "tmp", name).stat().st_size > MIB // 8]) == 1
+    )
+    slow.copies.stop(PATIENCE_S)
+    until_ready(other, copy_of_s(other))
+    assert holds(slow, "n", 7)
+    other.store.close()
+
+
+def test_what_ended_in_both_controllers_at_once_is_made_by_one(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where locks do not reach, both copy; the second finds the image, and the record changed."""
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    publish = copying._publish
+
+    def late(*arguments: object) -> object:
+        monkeypatch.setattr(copying, "_publish", publish)
+        other = Kit(Store(kit.store.root))
+        monkeypatch.setattr(type(other.store), "lock", lambda *_: _no_lock())
+        copy_of_s(other)()
+        other.store.close()
+        return publish(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(copying, "_publish", late)
+    with pytest.raises(Busy):
+        copy_of_s(kit)()
+    monkeypatch.undo()
+    assert kit.holds("n", 1)
+    kit.sweep_until_quiet()
+    assert kit.check() == []
+
+
+class _no_lock:  # noqa: N801 - stands for a function
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+
+# --- crashes and failures --------------------------------------------------------------------------------------
+
+_COPY = """
+import sys
+from controller_kit import Kit, tools
+from csi_quobyte.engine.copying import Copier
+from csi_quobyte.pool.store import Store
+kit = Kit(Store(sys.argv[1]))
+kit.copies = Copier(tools(), "main", first_wait_s=1000, speed_bytes_per_s=1 << 20)
+kit.create("n", source=kit.from_snapshot("s"), clone_mode="copy")
+"""
+
+
+def test_copy_whose_process_is_killed_begins_again_with_the_retry(slow: Kit) -> None:
+    argv = [sys.executable, "-c", _COPY, slow.store.root]
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": here})
+    try:
+        eventually(lambda: slow.store.find_volume(slow.volume_id("n")) is not None)
+        head = slow.store.volume(slow.volume_id("n")).head
+        eventually(lambda: (slow.store.progress(head) or _NOTHING).current_bytes > 0)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert temporaries(slow)
+    assert slow.store.progress(head) is None
+    slow.sweep_until_quiet()
+    assert temporaries(slow) == []
+    assert slow.errors() == []
+    quick(slow)
+    until_ready(slow, copy_of_s(slow))
+    assert holds(slow, "n", 7)
+    slow.sweep_until_quiet()
+    assert slow.check() == []
+
+
+def test_end_of_the_controller_breaks_a_copy_off_at_once(slow: Kit) -> None:
+    begin(slow, copy_of_s(slow))
+    began = time.monotonic()
+    assert slow.copies.stop(PATIENCE_S)
+    assert time.monotonic() - began < 3.0
+    assert temporaries(slow) == []
+    with pytest.raises(Unavailable):
+        copy_of_s(slow)()
+
+
+@pytest.mark.root
+def test_copy_that_does_not_fit_leaves_nothing_and_the_next_call_is_told(
+    small: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small.store, "space", lambda: (1 << 50, 1 << 50))
+    small.create("v", size=SizeRange(64 * MIB))
+    fill(small, "v", 7, length_bytes=14 * MIB)
+    small.snapshot("s", of="v")
+    small.sweep_until_quiet()
+    before = tree(small.store.root)
+    copier = Copier(tools(), "main", first_wait_s=0.01)
+    small.copies = copier
+    with pytest.raises(Busy):
+        copy_of_s(small)()
+    eventually(lambda: small.store.find_volume(small.volume_id("n")) is None)
+    eventually(lambda: bool(copier._failures))
+    with pytest.raises(Exhausted):
+        copy_of_s(small)()
+    small.sweep_until_quiet()
+    assert tree(small.store.root) == before
+    assert small.check() == []
+    with pytest.raises(Busy):  # the next one tries again
+        copy_of_s(small)()
+    copier.stop(PATIENCE_S)
+
+
+def test_request_of_the_same_name_is_not_told_of_anothers_failure(kit: Kit) -> None:
+    kit.create("v")
+    kit.snapshot("s", of="v")
+    copier = Copier(tools(), "main", first_wait_s=PATIENCE_S)
+    kit.copies = copier
+    failed = kit.create("n", source=kit.from_snapshot("s"))
+    kit.delete("n")
+    copier._remember(failed, Exhausted("full"))
+    kit.create("n", size=SizeRange(SIZE_BYTES))
+    assert copier.failure(failed.id) is None
