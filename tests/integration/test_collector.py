@@ -38,7 +38,7 @@ def test_quiet_pool_is_left_as_it_is(kit: Kit) -> None:
     assert tree(kit.store.root) == before
 
 
-def test_everything_deleted_leaves_a_new_pool(kit: Kit) -> None:
+def test_S22_everything_deleted_leaves_a_new_pool(kit: Kit) -> None:
     new = tree(kit.store.root)
     kit.create("v")
     for number in range(4):

@@ -371,7 +371,7 @@ def test_expand_under_a_gone_attachment_is_refused(hosts: Hosts) -> None:
     assert hosts.machine.leftovers() == []
 
 
-def test_a_forced_detach_ends_the_daemon_after_two_looks(hosts: Hosts) -> None:
+def test_S52_a_forced_detach_ends_the_daemon_after_two_looks(hosts: Hosts) -> None:
     a = hosts.a
     volume = a.kit.create("v", **BLOCK)
     a.stage(volume, a.attach(volume))

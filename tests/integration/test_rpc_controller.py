@@ -194,7 +194,7 @@ def test_parameters_that_are_unknown_or_reserved_are_refused_and_the_known_ones_
         ({"mkfsOptions": "-L 'unbalanced"}, "mkfsOptions"),
     ],
 )
-def test_parameters_that_contradict_each_other(calls: Client, parameters: Parameters, saying: str) -> None:
+def test_S17_parameters_that_contradict_each_other(calls: Client, parameters: Parameters, saying: str) -> None:
     fails(Code.INVALID_ARGUMENT, calls.create, "bad", **{"pool": "main", **parameters}, saying=saying)
 
 
@@ -572,7 +572,9 @@ def test_validate_volume_capabilities(calls: Client) -> None:
 # --- damage ----------------------------------------------------------------------------------------------------
 
 
-def test_a_torn_record_is_data_loss_for_its_volume_alone_and_can_be_deleted(machine: Machine, calls: Client) -> None:
+def test_S14_a_torn_record_is_data_loss_for_its_volume_alone_and_can_be_deleted(
+    machine: Machine, calls: Client
+) -> None:
     good = calls.create("good", 64 * MIB, pool="main").volume_id
     torn = calls.create("torn", 64 * MIB, pool="main").volume_id
     record, image = volume_record(machine, torn), head_of(machine, torn)

@@ -227,7 +227,7 @@ def test_arguments(calls: Client) -> None:
     calls.detach(volume)
 
 
-def test_a_stale_generation_is_refused(machine: Machine, calls: Client) -> None:
+def test_S52_a_stale_generation_is_refused(machine: Machine, calls: Client) -> None:
     volume = calls.create("stale", EXT4_BYTES).volume_id
     old = calls.attach(volume)
     calls.detach(volume)
@@ -414,7 +414,7 @@ def test_a_read_only_stage_of_a_clone_with_a_dirty_journal(
 
 
 @pytest.mark.parametrize(("filesystem", "size_bytes"), [("ext4", EXT4_BYTES), ("xfs", XFS_BYTES)])
-def test_a_larger_restore_has_a_larger_file_system(calls: Client, filesystem: str, size_bytes: int) -> None:
+def test_S44_a_larger_restore_has_a_larger_file_system(calls: Client, filesystem: str, size_bytes: int) -> None:
     capability = mount_capability(filesystem)
     volume = calls.create("small", size_bytes, capability=capability).volume_id
     target = calls.use(volume, capability=capability)
@@ -620,7 +620,7 @@ def test_an_image_that_somebody_exchanged_is_data_loss(machine: Machine, calls: 
 
 
 @pytest.mark.parametrize("path", ["raw", "loop"])
-def test_a_qcow2_header_that_a_pod_writes_means_nothing(
+def test_S24_a_qcow2_header_that_a_pod_writes_means_nothing(
     machine: Machine, calls: Client, tmp_path: Path, path: str
 ) -> None:
     capability = block_capability()

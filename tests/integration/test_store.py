@@ -460,7 +460,7 @@ def assert_owned(root: Path, owner: Owner, *, file_mode: int, directory_mode: in
     assert not wrong
 
 
-def test_every_file_has_the_default_modes_whatever_the_umask(tmp_path: Path) -> None:
+def test_S12_every_file_has_the_default_modes_whatever_the_umask(tmp_path: Path) -> None:
     root = tmp_path / "pool"
     root.mkdir()
     before = os.umask(0o777)
