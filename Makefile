@@ -14,7 +14,11 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # The parts of `test` run one after the other, in the order of the list, also with -j.
 .NOTPARALLEL:
+<<<<<<< HEAD
 .PHONY: crash power-loss soak cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
+=======
+.PHONY: crash power-loss cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
+>>>>>>> 5c467c4 (wip3)
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
 CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
@@ -41,7 +45,8 @@ unit: setup ## pure code, no processes
 	@$(CONTAINED) 300 unit -- $(PYTHON) -m pytest tests/unit
 
 integration: setup ## real qemu-img, storage daemons, loop devices, file systems
-	@$(CONTAINED) 1800 integration -- $(PYTHON) -m pytest tests/integration
+	@$(CONTAINED) 1800 integration -- $(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not alone" tests/integration
+	@$(CONTAINED) 300 alone -- $(PYTHON) -m pytest -m alone tests/integration/test_loop.py
 
 sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 	@$(CONTAINED) 600 sanity -- $(PYTHON) tests/sanity/run.py

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scratch
 from controller_kit import OWNER, Kit
 
 from csi_quobyte.pool import records
@@ -25,12 +27,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Path:
+def pool() -> Iterator[Path]:
     """The root of a new pool."""
-    root = tmp_path / "pool"
-    root.mkdir()
-    store_module.initialise(str(root), owner=OWNER, modes=records.Modes())
-    return root
+    with tempfile.TemporaryDirectory(prefix="csi-quobyte-test-", dir=scratch.directory()) as name:
+        root = Path(name, "pool")
+        root.mkdir()
+        store_module.initialise(str(root), owner=OWNER, modes=records.Modes())
+        yield root
 
 
 @pytest.fixture

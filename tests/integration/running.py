@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import scratch
 
 from csi_quobyte.pb import csi_pb2 as csi
 from lab.client import Client, mount_capability
@@ -43,7 +44,7 @@ Attempt = Callable[..., Any]
 @contextmanager
 def machine_of(*, pools: Sequence[str] = ("main",), backing: Path | None = None) -> Iterator[Machine]:
     """Make a machine without processes in a new directory with a short path, and clear it away in any case."""
-    base = Path(tempfile.mkdtemp(prefix="cq-", dir="/tmp"))
+    base = Path(tempfile.mkdtemp(prefix="cq-", dir=scratch.directory()))
     try:
         with Machine(base, pools=pools, backing=backing) as machine:
             yield machine

@@ -78,30 +78,35 @@ debian_packages() {
   done_text="installed: ${missing[*]}"
 }
 
-# The packages of `test` include those of `demo`, so a venv made for `test` serves both.
+# The packages of `test` include those of `demo`, so a venv made for `test` serves both. Other locks are installed into
+# the venv that is there (a package that has left them stays): another tree may be running its tests in it. It is made
+# anew for another Python, and when there is no stamp: then an installation into it was interrupted.
 python_packages() {
   local python id lock locks=("$root/deploy/requirements.lock" "$root/deploy/build.lock") arguments=()
   python="$("$here/python.sh")"
   id="$python $("$python" -V)"
-  is_stamped "$venv/locks.stamp" "$id $(hash_of "$root/tests/requirements.lock")" && return 0
+  is_stamped "$venv/packages.stamp" "$id $(hash_of "$root/tests/requirements.lock")" && return 0
   [[ "$profile" == demo ]] || locks=("$root/tests/requirements.lock")
+  if [[ ! -e "$venv/packages.stamp" || "$(<"$venv/packages.stamp")" != "$id "* ]]; then
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+  fi
   id="$id $(hash_of "${locks[@]}")"
-  is_stamped "$venv/locks.stamp" "$id" && return 0
+  is_stamped "$venv/packages.stamp" "$id" && return 0
   for lock in "${locks[@]}"; do
     arguments+=(-r "$lock")
   done
-  rm -rf "$venv"
-  "$python" -m venv "$venv"
+  rm -f "$venv/packages.stamp"
   timeout 900 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
     --require-hashes --only-binary :all: "${arguments[@]}"
-  stamp "$venv/locks.stamp" "$id"
+  stamp "$venv/packages.stamp" "$id"
   done_text="$("$venv/bin/python" -V), packages of the locks installed"
 }
 
 # The stubs are generated into the tree, so the tree is asked for them, not only the stamp.
 this_package() {
   local id
-  id="$root $(<"$venv/locks.stamp") $(hash_of "$root"/pyproject.toml "$root"/proto/*.proto "$root"/proto/*.py "$root"/csi_quobyte/__init__.py)"
+  id="$root $(<"$venv/packages.stamp") $(hash_of "$root"/pyproject.toml "$root"/proto/*.proto "$root"/proto/*.py "$root"/csi_quobyte/__init__.py)"
   [[ -e "$root/csi_quobyte/pb/csi_pb2.py" ]] && is_stamped "$venv/package.stamp" "$id" && return 0
   rm -f "$venv/package.stamp"
   timeout 300 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --root-user-action ignore \
