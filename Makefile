@@ -17,7 +17,7 @@ SHELL := /bin/bash
 <<<<<<< HEAD
 .PHONY: crash power-loss soak cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
 =======
-.PHONY: crash power-loss cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
+.PHONY: crash faults power-loss cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
 >>>>>>> 5c467c4 (wip3)
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
@@ -52,6 +52,10 @@ sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 	@$(CONTAINED) 600 sanity -- $(PYTHON) tests/sanity/run.py
 
 ##@ Longer suites
+faults: setup ## every operation with every call on the pool's files failing in every way (ENOSPC, EDQUOT, EIO, ENOTCONN)
+	@CSI_QUOBYTE_FAULTS_CALLS=0 $(CONTAINED) 7200 faults -- \
+	  $(PYTHON) -m pytest -q -s tests/integration/test_faults_each_step.py
+
 crash: setup ## every operation and merge killed before each durable step, and 30 times in each kind of merge
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 3600 crash -- \
 	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py tests/integration/test_crash_merges.py \

@@ -5,11 +5,12 @@ by the delete calls themselves, by a create that fails or finds an old object of
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from csi_quobyte.engine import layers
-from csi_quobyte.errors import Corrupt, Refused
+from csi_quobyte.errors import Corrupt, Exhausted, NotFound, OutOfRange, Refused, Unavailable
 from csi_quobyte.pool.records import (
     SnapshotRecord,
     SnapshotState,
@@ -24,6 +25,22 @@ log = logging.getLogger(__name__)
 
 # Told which layer has lost a reference (None: look at everything), so that the collector can drop it.
 Release = Callable[[str | None], None]
+
+
+@contextmanager
+def undoing() -> Iterator[None]:
+    """Around the undo of an attempt that has failed for good: if it cannot be undone now, it has not failed for good.
+
+    A final code makes the sidecars forget the object, and with it what is left of the attempt (a full pool whose
+    reserve is used up takes no change of a record). On a transient one they call again.
+
+    Raises:
+        Unavailable: something final kept the undo from its end.
+    """
+    try:
+        yield
+    except (Exhausted, NotFound, OutOfRange, Refused) as error:
+        raise Unavailable(f"what was made so far cannot be undone now; try again ({error})") from error
 
 
 def remove_volume(store: Store, volume: VolumeRecord) -> str | None:

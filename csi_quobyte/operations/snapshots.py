@@ -63,7 +63,8 @@ def create(store: Store, request: SnapshotRequest, release: Release) -> Snapshot
             return _finish(store, snapshot)
         except _FINAL:
             # the record of this call, and no other: see volumes
-            release(removal.remove_snapshot(store, snapshot))
+            with removal.undoing():
+                release(removal.remove_snapshot(store, snapshot))
             raise
 
 

@@ -177,7 +177,8 @@ def _create_from(
     except _FINAL:
         # final for the sidecars: they forget the volume, so nothing of it may stay
         # It is the record of this call that is undone: if another one has finished or changed it, that one is right.
-        release(removal.remove_volume(store, volume))
+        with removal.undoing():
+            release(removal.remove_volume(store, volume))
         raise
 
 
@@ -305,7 +306,8 @@ def _create_blank(store: Store, planned: VolumeRecord) -> VolumeRecord:
         )
         return store.publish_begun(begun)
     except (*_FINAL, Busy):
-        layers.undo_announced(store, volume.id, volume.head)
+        with removal.undoing():
+            layers.undo_announced(store, volume.id, volume.head)
         raise
 
 

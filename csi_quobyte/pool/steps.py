@@ -67,6 +67,8 @@ class Steps:
         self._token = token
         self._ownership = ownership
         self._observer = observer
+        self.abandoned: set[str] = set()
+        """Temporaries that could not be removed when they were of no use any more: to be removed by the collector."""
         self._syncers = ThreadPoolExecutor(_SYNCERS, thread_name_prefix="sync")
 
     def _note(self, step: str, path: str) -> None:
@@ -105,14 +107,28 @@ class Steps:
             except FileNotFoundError as error:
                 raise Unavailable(f"{self._temporary} is gone: is the pool still mounted?") from error
             except OSError as error:
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
+                self._remove_temporary(path)
                 spare = reserve() if error.errno in _NO_SPACE and reserve else None
                 if spare is None:
                     raise
-                os.rename(spare, path)
-                self._fill(path, write, 0, sync=sync)
+                self._fill_spare(spare, path, write, sync=sync)
         return path
+
+    def _fill_spare(self, spare: str, path: str, write: Callable[[int], None], *, sync: bool) -> None:
+        """Make a preallocated file the temporary `path`, and overwrite it in place."""
+        os.rename(spare, path)
+        try:
+            self._fill(path, write, 0, sync=sync)
+        except OSError:
+            self._remove_temporary(path)
+            raise
+
+    def _remove_temporary(self, path: str) -> None:
+        """Remove a temporary; one that stays because that fails is remembered as of no use."""
+        self.abandoned.add(path)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        self.abandoned.discard(path)
 
     def _fill(self, path: str, write: Callable[[int], None], flags: int, *, sync: bool) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, self._ownership.file_mode)
@@ -143,8 +159,8 @@ class Steps:
     def discard(self, path: str) -> None:
         """Remove a file that means nothing any more (a temporary, a lost claim); not made durable."""
         self._note("discard", path)
-        with translated(path), suppress(FileNotFoundError):
-            os.unlink(path)
+        with translated(path):
+            self._remove_temporary(path)
 
     def scribble(self, path: str, data: bytes | None) -> None:
         """Write a small file whose contents nothing rests on, or remove it (None). No step: it is neither durable nor

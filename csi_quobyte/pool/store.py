@@ -905,15 +905,18 @@ class Store:
         return foreign
 
     def stale_temporaries(self) -> list[str]:
-        """Give the temporary files whose process no longer lives (as far as this mount's locks tell)."""
+        """Give the temporary files that nobody will use: those whose process no longer lives (as this mount tells),
+        and those of this process that could not be removed at their time.
+        """
         directory = f"{self.root}/tmp"
         stale = []
         for name in _names(directory):
             if not _TEMPORARY.fullmatch(name):
                 continue  # not ours: check reports it
             token = name.partition(".")[0]
-            if not self.is_alive(token):
-                stale.append(f"{directory}/{name}")
+            path = f"{directory}/{name}"
+            if path in self._steps.abandoned or not self.is_alive(token):
+                stale.append(path)
         return stale
 
     def _token_is_held(self, token: str) -> bool:
