@@ -14,11 +14,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # The parts of `test` run one after the other, in the order of the list, also with -j.
 .NOTPARALLEL:
-<<<<<<< HEAD
-.PHONY: crash power-loss soak cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
-=======
-.PHONY: crash faults power-loss cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
->>>>>>> 5c467c4 (wip3)
+.PHONY: crash faults power-loss soak cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
 CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
