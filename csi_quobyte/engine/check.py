@@ -165,6 +165,8 @@ def needed(found: Index) -> Iterator[tuple[str, str, str]]:
     for snapshot in found.snapshots.values():
         if snapshot.state is SnapshotState.READY:
             yield snapshot.layer, snapshot_marker(snapshot), snapshot.id
+            if snapshot.cache in found.layers:  # without a record it is being made, or will be by the next who wants it
+                yield snapshot.cache, snapshot_marker(snapshot), snapshot.id
     for layer in found.layers.values():
         if layer.parent and layer.state is not LayerState.RETIRED:
             yield layer.parent, child_marker(layer.id), layer.id

@@ -276,6 +276,7 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
                     released = removal.remove_snapshot(store, current_snapshot)
                     report.finished_deletes += 1
                     report.layers += layers.drop_upwards(store, released)
+                    report.layers += layers.drop_upwards(store, current_snapshot.cache)
 
 
 def _finish_freezes(store: Store, found: Index, report: Report) -> None:
@@ -330,7 +331,9 @@ def _is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
             return child is not None and child.parent is not None
         case "s":
             snapshot = store.find_snapshot(marker.id)
-            return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id
+            if snapshot is None or snapshot.uid != marker.uid:
+                return False
+            return layer_id in {snapshot.layer, snapshot.cache}
         case "v":
             volume = store.find_volume(marker.id)
             return volume is not None and volume.uid == marker.uid and volume.head == layer_id

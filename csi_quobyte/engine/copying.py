@@ -1,15 +1,15 @@
-"""Copies of a chain into one new image, in the background: what the clone mode copy makes of a volume.
+"""Copies of a chain into one new image, in the background: a volume of the clone mode copy, the cache of a snapshot.
 
     L (frozen) <-- c-N            before and while it is copied: no record N, so that nothing below L may change
-    N (no parent) <-- v-V         once it is published; c-N goes after the volume is ready
+    N (no parent) <-- v-V or s-S  once it is published; c-N goes after the volume is ready, or the cache is
 
-A copy may take hours, so no call waits for it: `Copier.volume` starts it on one of a few threads of the pool and raises
-Busy with how far it is; the retry finds it, or the ready volume. It ends with this process; the next retry begins it
+A copy may take hours, so no call waits for it: `Copier` starts it on one of a few threads of the pool and raises
+Busy with how far it is; the retry finds it, or what it has made. It ends with this process; the next retry begins it
 again from nothing, in this or another controller.
 
 Always true: of all processes one copies a volume (a lock, and where that does not reach, the first to publish); what is
-being copied is a temporary file, and becomes the image only when it is whole; the volume's lock is held for a moment at
-the end and not while data moves, so that the volume can be deleted at any time.
+being copied is a temporary file, and becomes the image only when it is whole; the lock of the volume or snapshot is
+held for a moment at the end and not while data moves, so that it can be deleted at any time.
 """
 
 import logging
@@ -27,15 +27,19 @@ from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted, NotFound, 
 from csi_quobyte.host import jobs
 from csi_quobyte.host.jobs import Progress
 from csi_quobyte.host.qemu import ImageLayer, QemuTools
-from csi_quobyte.pool import images
+from csi_quobyte.pool import images, records
 from csi_quobyte.pool.chain import chain_of
 from csi_quobyte.pool.records import (
     LayerRecord,
     LayerState,
+    Preallocation,
+    SnapshotRecord,
+    SnapshotState,
     VolumeRecord,
     VolumeState,
     child_marker,
     same_version,
+    snapshot_marker,
     volume_marker,
 )
 from csi_quobyte.pool.sizes import human
@@ -70,6 +74,12 @@ class Copies(Protocol):
             Exhausted, Corrupt, OutOfRange: it cannot be made; nothing of the volume is left.
         """
 
+    def cache(self, store: Store, snapshot_id: str) -> None:
+        """Make the cache of a snapshot, if it is not there: the same errors as `volume`, and NotFound.
+
+        All who want it at once share one copy.
+        """
+
     def failure(self, volume_id: str) -> tuple[VolumeRecord, DriverError] | None:
         """Give, once, why the last copy of a volume failed for good, and what the volume was to be."""
 
@@ -98,8 +108,16 @@ def copy_volume(
         copied = None
         record = _base_record(volume.head, volume)
         if store.image_bytes(record) is None:  # an image that has its name is whole
-            attentive = _attentive(store, volume, watch)
-            copied = _copy_chain(store, tools, volume.parent, record, volume, attentive, speed_bytes_per_s)
+            attentive = _attentive(store, record.id, lambda: _check_unchanged(store, volume), watch)
+            copied = _copy_chain(
+                store,
+                tools,
+                volume.parent,
+                record,
+                attentive,
+                preallocation=volume.preallocation,
+                speed_bytes_per_s=speed_bytes_per_s,
+            )
         try:
             with _lock_patiently(store, volume.id):
                 _check_unchanged(store, volume)
@@ -128,8 +146,9 @@ def _copy_chain(
     tools: QemuTools,
     source: str,
     target: LayerRecord,
-    volume: VolumeRecord,
     watch: Watch,
+    *,
+    preallocation: Preallocation,
     speed_bytes_per_s: int | None,
 ) -> str:
     """Copy what layer `source` shows into a temporary file, and give its path; whole and durable on return.
@@ -140,7 +159,7 @@ def _copy_chain(
     layers.check_quiet(store, chain)
     images.check_chain(store, chain)
     opened = [ImageLayer(one.id, store.image_path(one), one.format) for one in chain]
-    writer = images.blank(target.format, size_bytes=target.size_bytes, preallocation=volume.preallocation)
+    writer = images.blank(target.format, size_bytes=target.size_bytes, preallocation=preallocation)
     path = store.write_image(writer)
     try:
         jobs.copy_chain(
@@ -180,16 +199,16 @@ def _check_unchanged(store: Store, volume: VolumeRecord) -> None:
         raise jobs.Stopped(f"volume {volume.id} is not what it was when its copy began")
 
 
-def _attentive(store: Store, volume: VolumeRecord, watch: Watch) -> Watch:
-    """Give a watch that now and then notes how far the copy is, and stops when the volume was deleted meanwhile."""
+def _attentive(store: Store, layer_id: str, check: Callable[[], None], watch: Watch) -> Watch:
+    """Give a watch that now and then notes how far the copy is, and calls `check`, which stops it by an error."""
     noted_at = 0.0
 
     def attentive(progress: Progress) -> jobs.Answer:
         nonlocal noted_at
         if time.monotonic() - noted_at >= _NOTE_EVERY_S:
             noted_at = time.monotonic()
-            store.put_progress(volume.head, progress.current_bytes, progress.total_bytes)
-            _check_unchanged(store, volume)
+            store.put_progress(layer_id, progress.current_bytes, progress.total_bytes)
+            check()
         return watch(progress)
 
     return attentive
@@ -219,6 +238,104 @@ def _lock_patiently(store: Store, name: str) -> Iterator[None]:
         lock.__exit__(None, None, None)
 
 
+# --- the cache of a snapshot -----------------------------------------------------------------------------------
+
+
+def cache_of(store: Store, snapshot: SnapshotRecord) -> LayerRecord | None:
+    """Give the layer that is a copy of all that a snapshot shows, None if it is not made yet."""
+    return store.find_layer(snapshot.cache) if snapshot.cache else None
+
+
+def fill_cache(
+    store: Store, tools: QemuTools, snapshot_id: str, watch: Watch, *, speed_bytes_per_s: int | None = None
+) -> None:
+    """Make the cache E of a snapshot S on layer L; made before is success.
+
+    1 swap S: `cache: E`. 2 c-E in L; S is looked at again. 3 the copy. 4 E's refs with s-S, image, record (commit).
+    5 c-E out of L. A crash before 4 leaves what the next who wants the cache goes on with, or the delete of S undoes.
+
+    Raises:
+        NotFound: there is no such snapshot (any more).
+        Stopped, Busy, Exhausted, Corrupt, Unavailable: as `copy_volume`.
+    """
+    with store.lock(f"copy of {snapshot_id}"):
+        with _lock_patiently(store, snapshot_id):
+            snapshot = store.snapshot(snapshot_id)
+            if snapshot.state is not SnapshotState.READY:
+                raise NotFound(f"snapshot {snapshot_id} is not there to be copied")
+            if snapshot.cache is None:
+                snapshot = store.swap(snapshot, replace(snapshot, cache=records.new_layer_id()))
+        entry = str(snapshot.cache)
+        if cache_of(store, snapshot) is None:
+            try:
+                _fill_cache(store, tools, snapshot, entry, watch, speed_bytes_per_s)
+            except (*_FINAL, jobs.Stopped) as error:
+                if not isinstance(error, jobs.Stopped) or not _is_wanted(store, snapshot):
+                    _give_up_cache(store, snapshot, entry)
+                raise
+        # die here: a marker that nothing needs, which the collector removes
+        store.unmark(snapshot.layer, child_marker(entry))
+
+
+def _fill_cache(
+    store: Store,
+    tools: QemuTools,
+    snapshot: SnapshotRecord,
+    entry: str,
+    watch: Watch,
+    speed_bytes_per_s: int | None,
+) -> None:
+    store.mark(snapshot.layer, child_marker(entry))
+    _check_wanted(store, snapshot)
+    record = LayerRecord(
+        id=entry,
+        file=f"{entry}.qcow2",
+        format="qcow2",
+        size_bytes=max(snapshot.size_bytes, store.layer(snapshot.layer).size_bytes),
+        parent=None,
+        state=LayerState.FROZEN,
+    )
+    copied = None
+    if store.image_bytes(record) is None:  # an image that has its name is whole
+        attentive = _attentive(store, entry, lambda: _check_wanted(store, snapshot), watch)
+        copied = _copy_chain(
+            store,
+            tools,
+            snapshot.layer,
+            record,
+            attentive,
+            preallocation="off",
+            speed_bytes_per_s=speed_bytes_per_s,
+        )
+    try:
+        with _lock_patiently(store, snapshot.id):
+            _check_wanted(store, snapshot)
+            store.make_layer(record, snapshot_marker(snapshot), copied or _never)
+    finally:
+        if copied:
+            store.discard_temporary(copied)
+    _check_wanted(store, snapshot)  # where locks do not reach, it may have been deleted in that moment
+
+
+def _give_up_cache(store: Store, snapshot: SnapshotRecord, entry: str) -> None:
+    """Undo a cache that cannot be made, or whose snapshot is gone: first the name of it, then what there is."""
+    with _lock_patiently(store, snapshot.id):
+        current = store.find_snapshot(snapshot.id)
+        if current and current.cache == entry:
+            store.swap(current, replace(current, cache=None))
+    layers.abandon(store, entry, snapshot_marker(snapshot), parent=snapshot.layer)
+
+
+def _is_wanted(store: Store, snapshot: SnapshotRecord) -> bool:
+    current = store.find_snapshot(snapshot.id)
+    return current is not None and current.state is SnapshotState.READY and current.cache == snapshot.cache
+
+
+def _check_wanted(store: Store, snapshot: SnapshotRecord) -> None:
+    if not _is_wanted(store, snapshot):
+        raise jobs.Stopped(f"snapshot {snapshot.id} was deleted while it was copied")
+
+
 # --- in the background -----------------------------------------------------------------------------------------
 
 
@@ -226,7 +343,6 @@ def _lock_patiently(store: Store, name: str) -> Iterator[None]:
 class _Job:
     """One copy: waiting, running or ended."""
 
-    record: VolumeRecord
     progress: Progress | None = None
     error: DriverError | None = None
     made: VolumeRecord | None = None
@@ -265,12 +381,13 @@ class Copier:
         self._guard = threading.Lock()
         self._jobs: dict[str, _Job] = {}
         self._failures: dict[str, tuple[VolumeRecord, DriverError]] = {}
+        self._cache_failures: dict[str, DriverError] = {}
         self._stopping = False
         self._threads = ThreadPoolExecutor(COPIES_AT_ONCE, thread_name_prefix=f"copier-{name}")
 
     def volume(self, store: Store, volume: VolumeRecord, release: Release) -> VolumeRecord:
         """See `Copies`."""
-        job = self._job(volume.id, volume, lambda job: self._copy(store, job, release))
+        job = self._job(volume.id, lambda job: self._copy(store, volume, job, release))
         job.ended.wait(self._first_wait_s)
         if job.made:
             return job.made
@@ -278,6 +395,20 @@ class Copier:
             self.failure(volume.id)  # it is told now
             raise job.error
         raise Busy(f"the copy for volume {volume.id} {job}; it goes on, try again")
+
+    def cache(self, store: Store, snapshot_id: str) -> None:
+        """See `Copies`."""
+        with self._guard:
+            failed = self._cache_failures.pop(snapshot_id, None)
+        if failed:
+            raise failed
+        job = self._job(snapshot_id, lambda job: self._fill(store, snapshot_id, job))
+        if not job.ended.wait(self._first_wait_s):
+            raise Busy(f"the copy of snapshot {snapshot_id} {job}; it goes on, try again")
+        if job.error:
+            with self._guard:
+                self._cache_failures.pop(snapshot_id, None)  # it is told now
+            raise job.error
 
     def failure(self, volume_id: str) -> tuple[VolumeRecord, DriverError] | None:
         """See `Copies`."""
@@ -308,8 +439,8 @@ class Copier:
         self._threads.shutdown(wait=False, cancel_futures=True)
         return all(job.progress is None or job.ended.wait(deadline - time.monotonic()) for job in running)
 
-    def _job(self, key: str, record: VolumeRecord, work: Callable[[_Job], None]) -> _Job:
-        """Give the job of a volume, begun now or by an earlier call.
+    def _job(self, key: str, work: Callable[[_Job], None]) -> _Job:
+        """Give the job of a volume or snapshot, begun now or by an earlier call.
 
         Raises:
             Unavailable: this process ends.
@@ -322,7 +453,7 @@ class Copier:
                 return present
             if present and not present.ended.is_set():
                 raise Busy(f"an earlier copy for {key} is being stopped")
-            job = self._jobs[key] = _Job(record)
+            job = self._jobs[key] = _Job()
             self._threads.submit(self._run, key, job, work)
             return job
 
@@ -346,8 +477,7 @@ class Copier:
                     del self._jobs[key]
             job.ended.set()
 
-    def _copy(self, store: Store, job: _Job, release: Release) -> None:
-        volume = job.record
+    def _copy(self, store: Store, volume: VolumeRecord, job: _Job, release: Release) -> None:
         try:
             job.made = copy_volume(store, self._tools, volume, job.watch, speed_bytes_per_s=self._speed_bytes_per_s)
         except _FINAL as error:
@@ -358,6 +488,16 @@ class Copier:
             self._remember(volume, error)
             raise
         release(volume.parent)
+
+    def _fill(self, store: Store, snapshot_id: str, job: _Job) -> None:
+        try:
+            fill_cache(store, self._tools, snapshot_id, job.watch, speed_bytes_per_s=self._speed_bytes_per_s)
+        except _FINAL as error:
+            with self._guard:
+                while len(self._cache_failures) >= _FAILURES_KEPT:
+                    del self._cache_failures[next(iter(self._cache_failures))]
+                self._cache_failures[snapshot_id] = error
+            raise
 
     def _remember(self, volume: VolumeRecord, error: DriverError) -> None:
         """Keep an error for the call that asks for this volume next."""

@@ -54,6 +54,8 @@ class Index:
         intended = {volume.head for volume in volumes}
         intended |= {volume.source_next for volume in volumes if volume.source_next}
         intended |= {snapshot.next for snapshot in snapshots if snapshot.next}
+        caches = {snapshot.cache for snapshot in self.snapshots.values() if snapshot.cache}
+        intended |= caches - self.layers.keys()
         return frozenset(intended | self.announced.keys())
 
     @cached_property
@@ -75,6 +77,7 @@ class Index:
     def named_layers(self) -> dict[str, str]:
         """Each layer id that a record names as head, snapshot or parent, with the id of what names it."""
         named = {snapshot.layer: snapshot.id for snapshot in self.snapshots.values()}
+        named |= {snapshot.cache: snapshot.id for snapshot in self.snapshots.values() if snapshot.cache}
         named |= {layer.parent: layer.id for layer in self.layers.values() if layer.parent}
         named |= {volume.head: volume.id for volume in self.volumes.values()}
         named |= {volume.parent: volume.id for volume in self.volumes.values() if volume.parent}
@@ -86,6 +89,7 @@ class Index:
         held = {volume.head for volume in self.volumes.values()}
         held |= {volume.parent for volume in self.volumes.values() if volume.parent}
         held |= {snapshot.layer for snapshot in self.snapshots.values()}
+        held |= {snapshot.cache for snapshot in self.snapshots.values() if snapshot.cache}
         return frozenset(held) | self.intended_layers
 
     @cached_property
@@ -116,7 +120,9 @@ class Index:
                 return is_parent or is_held or (layer_id, marker.id) in self.merge_markers
             case "s":
                 snapshot = self.snapshots.get(marker.id)
-                return snapshot is not None and snapshot.uid == marker.uid and snapshot.layer == layer_id
+                if snapshot is None or snapshot.uid != marker.uid:
+                    return False
+                return layer_id in {snapshot.layer, snapshot.cache}
             case "v":
                 if self.announced.get(layer_id) == marker.id or marker.id in self.broken_volumes:
                     return True

@@ -16,6 +16,7 @@ from csi_quobyte.pool.records import (
     SnapshotState,
     VolumeRecord,
     VolumeState,
+    child_marker,
     snapshot_marker,
     volume_marker,
 )
@@ -70,7 +71,7 @@ def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
 
 
 def remove_snapshot(store: Store, snapshot: SnapshotRecord) -> str:
-    """Take a snapshot away, or undo one that never became ready; gives the layer it leaves.
+    """Take a snapshot away, or undo one that never became ready; gives the layer it leaves. It also leaves its cache.
 
     The caller holds the lock of the snapshot, and of the source volume if the snapshot never became ready.
     """
@@ -78,6 +79,10 @@ def remove_snapshot(store: Store, snapshot: SnapshotRecord) -> str:
         snapshot = store.swap(snapshot, replace(snapshot, state=SnapshotState.DELETING))
     if snapshot.unfinished and snapshot.next:
         _undo_freeze(store, snapshot.source_volume, snapshot.next, parent=snapshot.layer)
+    if snapshot.cache:
+        # one that is being filled is given up by whoever fills it; what a crash has left of it belongs to nothing now
+        store.unmark(snapshot.cache, snapshot_marker(snapshot))
+        store.unmark(snapshot.layer, child_marker(snapshot.cache))
     store.unmark(snapshot.layer, snapshot_marker(snapshot))
     store.remove(snapshot)
     return snapshot.layer

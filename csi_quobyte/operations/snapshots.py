@@ -177,6 +177,8 @@ def delete(store: Store, snapshot_id: str, release: Release) -> None:
             return
         with _source_locked(store, snapshot, held=""):
             release(removal.remove_snapshot(store, snapshot))
+        if snapshot.cache:
+            release(snapshot.cache)
 
 
 def find_ready(store: Store, snapshot_id: str) -> SnapshotRecord:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from csi_quobyte.engine import layers, removal
-from csi_quobyte.engine.copying import Copies
+from csi_quobyte.engine.copying import Copies, cache_of
 from csi_quobyte.engine.layers import ready_volume
 from csi_quobyte.engine.removal import Release
 from csi_quobyte.errors import (
@@ -92,12 +92,16 @@ class AttachRequest:
 
 @dataclass(frozen=True)
 class _Base:
-    """What a new volume lies on: nothing (parent None), or a layer; `freeze` when that still is a volume's head."""
+    """What a new volume lies on: nothing (parent None), or a layer; `source_next` when that still is a volume's head.
+
+    `uncached`: it is to lie on the cache of its snapshot, which is not made yet.
+    """
 
     parent: str | None
     source_next: str | None
     size_bytes: int
     content: Content | None
+    uncached: bool = False
 
 
 _NOTHING = _Base(None, None, 0, None)
@@ -135,7 +139,7 @@ def create(
         if request.source is None:
             made = _create_blank(store, _plan(store, volume_id, request, _NOTHING, provisioned))
         else:
-            made = _create_from(store, volume, volume_id, request, provisioned, release)
+            made = _create_from(store, volume, volume_id, request, provisioned, release, copies)
         if not (volume and volume.pinned):
             provisioned.add(store, made.size_bytes)
     # a copy takes its time, and holds none of these locks meanwhile
@@ -164,11 +168,18 @@ def _create_from(
     request: CreateRequest,
     provisioned: Provisioned,
     release: Release,
+    copies: Copies,
 ) -> VolumeRecord:
     """Make a volume that lies on another object's layer: an intent first, or the one that an earlier call has left."""
     if volume is None:
         base = _find_base(store, request.source, request.clone_mode)
         planned = _plan(store, volume_id, request, base, provisioned)
+        if base.uncached and request.source:
+            copies.cache(store, request.source.id)
+            base = _find_base(store, request.source, request.clone_mode)
+            if base.uncached:
+                raise Busy(f"the cache of snapshot {request.source.id} was given up by another operation")
+            planned = _plan(store, volume_id, request, base, provisioned)
         # An intent has to be seen before what it names, not to outlive a power cut: what is found without one then
         # is removed by the collector.
         volume = store.create(planned, sync=False)
@@ -277,7 +288,11 @@ def _find_base(store: Store, source: Source | None, clone_mode: CloneMode) -> _B
             raise Unavailable(f"snapshot {source.id} is not ready yet")
         if snapshot.state is SnapshotState.DELETING:
             raise NotFound(f"snapshot {source.id} is being deleted")
-        if clone_mode != "copy":  # which puts nothing on that chain
+        if clone_mode == "cache":
+            cache = cache_of(store, snapshot)
+            layer_id = cache.id if cache else snapshot.layer
+            return _Base(layer_id, None, snapshot.size_bytes, snapshot.content, uncached=cache is None)
+        if clone_mode == "overlay":  # a copy puts nothing on that chain
             layers.check_depth(store, snapshot.layer)
         return _Base(snapshot.layer, None, snapshot.size_bytes, snapshot.content)
     volume = layers.detached_volume(store, source.id, to_be="cloned")
@@ -346,7 +361,9 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
     source = volume.source
     if source and source.kind == "snapshot":
         snapshot = store.find_snapshot(source.id)
-        if snapshot is None or snapshot.state is not SnapshotState.READY or snapshot.layer != parent_id:
+        if snapshot is None or snapshot.state is not SnapshotState.READY:
+            raise NotFound(f"snapshot {source.id} was deleted meanwhile")
+        if parent_id not in {snapshot.layer, snapshot.cache}:
             raise NotFound(f"snapshot {source.id} was deleted meanwhile")
     elif source and volume.source_next and store.layer(parent_id).state is LayerState.HEAD:
         cloned = ready_volume(store, source.id)

@@ -139,7 +139,8 @@ class SnapshotRecord:
     """A snapshot: a reference to a frozen layer. `next` is the head that the source volume gets by the freeze.
 
     `next` is None when the source's head was an overlay that nothing was ever written to: then `layer` is the
-    frozen layer below it and nothing has to be frozen. `unfinished` is true until it was ready once.
+    frozen layer below it and nothing has to be frozen. `unfinished` is true until it was ready once. `cache`: a layer
+    that is made, or may be under way, as a copy of all that the snapshot shows, for the volumes that lie on it.
     """
 
     id: str
@@ -153,6 +154,7 @@ class SnapshotRecord:
     content: Content | None
     created_at: datetime
     unfinished: bool = True
+    cache: str | None = None
     kubernetes: dict[str, str] = field(default_factory=dict)
     kind: Literal["snapshot"] = "snapshot"
     generation: int = 0

@@ -48,9 +48,11 @@ VOLUME_PARAMETERS = (
     ),
     Parameter(
         "cloneMode",
-        ("overlay", "copy"),
+        ("overlay", "cache", "copy"),
         "overlay",
-        "How a volume with a source is made. overlay: at once, it shares its data with the source. copy: an "
+        "How a volume with a source is made. overlay: at once, it shares its data with the source. cache: "
+        "as overlay, but on a copy of all that the snapshot shows, which is made once, for the first such volume, so "
+        "that none has a long chain; for a volume as source, as overlay. copy: an "
         "independent image in volumeFormat with its preallocation, copied in the background; until that is done the "
         "claim is pending.",
     ),

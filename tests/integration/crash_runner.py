@@ -47,6 +47,7 @@ OPERATIONS: dict[str, Callable[[Kit], object]] = {
     "create from volume": lambda kit: kit.create("new", source=kit.from_volume("v"), size=SizeRange(2 * SIZE_BYTES)),
     "create from untouched volume": lambda kit: kit.create("new", source=kit.from_volume("c")),
     "copy of snapshot": lambda kit: kit.create("new", source=kit.from_snapshot("s"), clone_mode="copy"),
+    "cache copy of snapshot": lambda kit: kit.create("new", source=kit.from_snapshot("s"), clone_mode="cache"),
     "copy of volume": lambda kit: kit.create(
         "new", source=kit.from_volume("v"), size=SizeRange(2 * SIZE_BYTES), clone_mode="copy", image_format="raw"
     ),

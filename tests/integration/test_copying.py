@@ -1,4 +1,4 @@
-"""cloneMode copy: what it makes, in the background, and what is left when anything happens meanwhile.
+"""cloneMode copy and cache: what it makes, in the background, and what is left when anything happens meanwhile.
 
 A copy is made slow by a limit of 1 MiB/s where something has to happen while it runs.
 """
@@ -282,6 +282,99 @@ class _no_lock:  # noqa: N801 - stands for a function
         return
 
 
+# --- cache -----------------------------------------------------------------------------------------------------
+
+
+def on_cache_of_s(kit: Kit, name: str = "n", **changes: object) -> Callable[[], object]:
+    return lambda: kit.create(name, source=kit.from_snapshot("s"), clone_mode="cache", **changes)
+
+
+def test_volumes_lie_on_one_flat_copy_that_lives_as_long_as_any_of_them(kit: Kit) -> None:
+    new = tree(kit.store.root)
+    kit.create("v")
+    for block in range(3):
+        kit.write("v", block + 1, block=block)
+        kit.snapshot("s" if block == 2 else f"older-{block}", of="v")
+    on_cache_of_s(kit)()
+    on_cache_of_s(kit, "m", size=SizeRange(2 * SIZE_BYTES))()
+    entry = kit.store.snapshot(kit.snapshot_id("s")).cache
+    assert [layer.id for layer in kit.chain("n")[1:]] == [entry] == [layer.id for layer in kit.chain("m")[1:]]
+    assert kit.chain("n")[1].state is LayerState.FROZEN
+    assert kit.holds("n", 1, 2, 3)
+    kit.write("n", 9)
+    assert kit.holds("m", 1, 2, 3)
+    kit.sweep_until_quiet()
+    assert kit.check() == []
+    kit.delete_snapshot("s")
+    assert entry in kit.released
+    kit.delete("v")
+    kit.sweep_until_quiet()
+    assert kit.holds("m", 1, 2, 3)
+    kit.delete("m")
+    kit.delete("n")
+    kit.sweep_until_quiet()
+    assert entry not in list(kit.store.layer_ids())
+    kit.delete_everything()
+    assert tree(kit.store.root) == new
+
+
+def test_cache_nobody_uses_goes_with_its_snapshot(kit: Kit) -> None:
+    kit.create("v")
+    kit.snapshot("s", of="v")
+    kit.sweep_until_quiet()
+    on_cache_of_s(kit)()
+    kit.delete("n")
+    kit.sweep_until_quiet()
+    entry = kit.store.snapshot(kit.snapshot_id("s")).cache
+    assert entry in kit.store.layer_ids()
+    kit.delete_snapshot("s")
+    kit.sweep_until_quiet()
+    assert entry not in kit.store.layer_ids()
+    assert kit.check() == []
+
+
+def test_first_users_at_once_share_one_copy(slow: Kit) -> None:
+    for name in ("n", "m"):
+        with pytest.raises(Busy):
+            on_cache_of_s(slow, name)()
+    eventually(lambda: slow.store.snapshot(slow.snapshot_id("s")).cache is not None)
+    entry = slow.store.snapshot(slow.snapshot_id("s")).cache
+    assert entry
+    eventually(lambda: slow.store.progress(entry) is not None)
+    with pytest.raises(Busy, match=r"has begun|is at"):
+        on_cache_of_s(slow, "m")()
+    assert len(temporaries(slow)) == 2  # the image, and how far it is
+    assert slow.copies.stop(PATIENCE_S)
+    quick(slow)
+    for name in ("n", "m"):
+        until_ready(slow, on_cache_of_s(slow, name))
+        assert slow.chain(name)[1].id == entry
+        assert holds(slow, name, 7)
+    slow.sweep_until_quiet()
+    assert slow.check() == []
+
+
+def test_snapshot_deleted_while_it_is_flattened_leaves_nothing_of_that(slow: Kit) -> None:
+    before = tree(slow.store.root)
+    slow.snapshot("s2", of="v")
+    with pytest.raises(Busy):
+        slow.create("n", source=slow.from_snapshot("s2"), clone_mode="cache")
+    eventually(lambda: len(temporaries(slow)) == 2)
+    slow.delete_snapshot("s2")
+    eventually(lambda: temporaries(slow) == [])
+    slow.sweep_until_quiet()
+    assert tree(slow.store.root) == before
+    assert slow.check() == []
+
+
+def test_of_a_volume_the_mode_cache_is_overlay(kit: Kit) -> None:
+    kit.create("v")
+    kit.write("v", 1)
+    kit.create("n", source=kit.from_volume("v"), clone_mode="cache")
+    assert kit.chain("n")[1].id == kit.chain("v")[1].id
+    assert kit.holds("n", 1)
+
+
 # --- crashes and failures --------------------------------------------------------------------------------------
 
 _COPY = """
@@ -313,6 +406,25 @@ def test_copy_whose_process_is_killed_begins_again_with_the_retry(slow: Kit) -> 
     assert slow.errors() == []
     quick(slow)
     until_ready(slow, copy_of_s(slow))
+    assert holds(slow, "n", 7)
+    slow.sweep_until_quiet()
+    assert slow.check() == []
+
+
+def test_cache_whose_process_is_killed_is_made_by_the_next_who_wants_it(slow: Kit) -> None:
+    argv = [sys.executable, "-c", _COPY.replace('"copy"', '"cache"'), slow.store.root]
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": here})
+    try:
+        eventually(lambda: len(temporaries(slow)) == 2)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    slow.sweep_until_quiet()
+    assert temporaries(slow) == []
+    assert slow.check() == []
+    quick(slow)
+    until_ready(slow, on_cache_of_s(slow))
     assert holds(slow, "n", 7)
     slow.sweep_until_quiet()
     assert slow.check() == []

@@ -173,8 +173,16 @@ AFTER: dict[str, dict[str, tuple[int, ...]]] = {
     "create from untouched volume": {"new": (1, 2, 0)},
     "copy of snapshot": {"new": (1, 0, 0)},
     "copy of volume": {"new": (1, 2, 3)},
+    "cache copy of snapshot": {"new": (1, 0, 0)},
 }
 SNAPSHOT_AFTER = {"snapshot": (1, 2, 3), "snapshot of untouched volume": (1, 2, 0)}
+
+
+def delete_snapshot_and_new(kit: Kit) -> None:
+    kit.delete_snapshot("s")
+    kit.delete("new")
+
+
 # What deletes the object that an operation works on.
 DELETES: dict[str, Callable[[Kit], None]] = {
     "create blank": lambda kit: kit.delete("new"),
@@ -183,6 +191,7 @@ DELETES: dict[str, Callable[[Kit], None]] = {
     "create from untouched volume": lambda kit: kit.delete("new"),
     "copy of snapshot": lambda kit: kit.delete("new"),
     "copy of volume": lambda kit: kit.delete("new"),
+    "cache copy of snapshot": delete_snapshot_and_new,
     "snapshot": lambda kit: kit.delete_snapshot("new"),
     "snapshot of untouched volume": lambda kit: kit.delete_snapshot("new"),
     "delete snapshot": lambda kit: kit.delete_snapshot("s"),

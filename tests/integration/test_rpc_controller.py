@@ -184,7 +184,7 @@ def test_parameters_that_are_unknown_or_reserved_are_refused_and_the_known_ones_
         ({"dataPath": "loop"}, "loop needs volumeFormat raw"),
         ({"dataPath": "nbd"}, "nbd is not in this version"),
         ({"volumeFormat": "vmdk"}, "qcow2, raw"),
-        ({"cloneMode": "deep"}, "overlay, copy"),
+        ({"cloneMode": "deep"}, "overlay, cache, copy"),
         ({"preallocation": "full"}, "off, metadata, falloc"),
         ({"dataPath": "iscsi"}, "auto"),
         ({"pool": "third"}, "main, second"),
