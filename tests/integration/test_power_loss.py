@@ -142,7 +142,9 @@ ROWS: dict[str, tuple[Step, ...]] = {
         Step(lambda kit: kit.delete("v"), {"v": None}),
     ),
 }
-assert set(OPERATIONS) <= set(ROWS), "an operation of the crash tests is not here"
+# a storage daemon moves their data, whose writes and flushes are not recorded here
+COPIES = {name for name in OPERATIONS if "copy" in name}
+assert set(OPERATIONS) - COPIES <= set(ROWS), "an operation of the crash tests is not here"
 
 
 # --- recording and cutting -------------------------------------------------------------------------------------
