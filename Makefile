@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # The parts of `test` run one after the other, in the order of the list, also with -j.
 .NOTPARALLEL:
-.PHONY: crash faults power-loss soak cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench image lock proto clean
+.PHONY: crash faults power-loss soak cluster-test cluster-bench cluster-up cluster-down cluster-parts help setup setup-demo demo test lint lint-steps format docs unit integration sanity bench scale image lock proto clean
 
 # Runs one part with a time limit, prints its time, and leaves nothing of it behind: processes, mounts, loop devices.
 CONTAINED = $(PYTHON) tests/tools/contained.py --timeout-s
@@ -87,6 +87,11 @@ cluster-parts:
 bench: setup ## the table of figures in docs/measurements.md
 	@$(CONTAINED) 1800 bench -- $(PYTHON) bench/run.py
 
+scale: setup ## a pool of 100 000 volumes against one of 100 (5 to 10 minutes, 3 GB of disk)
+	@$(CONTAINED) 1800 scale -- $(PYTHON) bench/scale.py
+	@CSI_QUOBYTE_INCREMENTS=5000 $(CONTAINED) 600 increments -- \
+	  $(PYTHON) -m pytest -q tests/integration/test_store.py -k two_processes
+
 ##@ Ship
 image: ## build the container image and write it to a file (IMAGE=name, BASE_IMAGE=trixie of a registry, FRESH=1)
 	@deploy/lab/image.sh
@@ -110,8 +115,8 @@ lint-steps:
 	@ruff format --check .
 	@mypy
 	@MYPYPATH=deploy mypy --explicit-package-bases --package lab
-	@MYPYPATH=deploy mypy --strict --explicit-package-bases tests/tools/contained.py \
-	  tests/tools/parameters_page.py tests/sanity/run.py bench/run.py
+	@MYPYPATH=deploy:bench mypy --strict --explicit-package-bases tests/tools/contained.py \
+	  tests/tools/parameters_page.py tests/sanity/run.py bench/run.py bench/scale.py bench/filling.py
 	@MYPYPATH=deploy:tests/tools mypy --strict --explicit-package-bases tests/cluster
 	@$(PYTHON) tests/tools/parameters_page.py --check
 	@lint-imports

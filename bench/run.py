@@ -11,9 +11,7 @@ import argparse
 import contextlib
 import cProfile
 import itertools
-import json
 import os
-import platform
 import pstats
 import random
 import signal
@@ -22,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,12 +29,15 @@ from typing import NoReturn
 import click
 import grpc
 import psutil
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]  # the script is started by its path, from a tree that is not installed
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "deploy"),
+    str(ROOT / "bench"),
+]  # started by its path, from a tree as it is
+
+from figures import MIB, Row, environment, ratio, show, timed_ms  # noqa: E402
 
 from csi_quobyte.engine.copying import Copier  # noqa: E402
 from csi_quobyte.host.qemu import find_tools  # noqa: E402
@@ -49,7 +50,6 @@ from csi_quobyte.pool.store import Store  # noqa: E402
 from lab.client import Client, mount_capability  # noqa: E402
 from lab.machine import GIB, QEMU_DIR, Machine, Process, run, wait_for  # noqa: E402
 
-MIB = 1 << 20
 LARGE_BYTES = 100 * GIB
 FLOOR_BYTES = 1024
 COLLECT_TIMEOUT_S = 60.0
@@ -66,41 +66,6 @@ class Counts:
     snapshot: int
     predecessor: int
     attach: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: samples in milliseconds, or one amount of memory in bytes; the other one is empty."""
-
-    group: str
-    what: str
-    samples_ms: tuple[float, ...] = ()
-    memory_bytes: int = 0
-    ratio: float | None = None
-    ratio_to: str = ""
-    wanted: str = ""
-
-    @property
-    def median_ms(self) -> float:
-        """The middle one of the samples."""
-        return statistics.median(self.samples_ms)
-
-    @property
-    def p95_ms(self) -> float:
-        """What 95 of 100 samples are not above; the largest one when there are fewer than 20."""
-        return sorted(self.samples_ms)[min(len(self.samples_ms) - 1, int(len(self.samples_ms) * 0.95))]
-
-
-def timed_ms(work: Callable[[], object]) -> float:
-    """Do `work` once and give the milliseconds that it took."""
-    begun_ns = time.perf_counter_ns()
-    work()
-    return (time.perf_counter_ns() - begun_ns) / 1e6
-
-
-def ratio(measured: Sequence[float], base: Sequence[float]) -> float:
-    """Give the ratio of two medians."""
-    return statistics.median(measured) / statistics.median(base)
 
 
 # --- the floor, and what the driver does against it --------------------------------------------------------------
@@ -481,61 +446,6 @@ def _blank_request(name: str) -> CreateRequest:
     )
 
 
-# --- showing -----------------------------------------------------------------------------------------------------
-
-
-def environment(base: Path) -> dict[str, str | int]:
-    """Describe what was measured on; no names of the machine."""
-    done = run("findmnt", "--noheadings", "--output", "FSTYPE", "--target", base)
-    version = run(QEMU_DIR / "qemu-img", "--version").stdout.splitlines()[0].split()[2]
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "kernel": platform.release(),
-        "cpus": os.cpu_count() or 0,
-        "python": platform.python_version(),
-        "qemu": version,
-        "file_system": done.stdout.strip(),
-    }
-
-
-def as_table(rows: Sequence[Row]) -> Table:
-    """Lay the rows out for people."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "MEDIAN", "P95", "N", "RATIO", "WANTED"):
-        table.add_column(heading, justify="left" if heading in ("", "RATIO", "WANTED") else "right", no_wrap=True)
-    group = ""
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            table.add_row()
-            table.add_row(Text(group, "bold"))
-        if row.samples_ms:
-            figures = (f"{row.median_ms:.2f} ms", f"{row.p95_ms:.2f} ms", str(len(row.samples_ms)))
-        else:
-            figures = (f"{row.memory_bytes / MIB:.1f} MiB", "", "")
-        compared = f"{row.ratio:.2f} × {row.ratio_to}" if row.ratio is not None else ""
-        table.add_row(*(Text(cell) for cell in (f"  {row.what}", *figures, compared, row.wanted)))
-    return table
-
-
-def as_objects(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Lay the rows out for programs."""
-    return [
-        {
-            "group": row.group,
-            "what": row.what,
-            "median_ms": round(row.median_ms, 3) if row.samples_ms else None,
-            "p95_ms": round(row.p95_ms, 3) if row.samples_ms else None,
-            "n": len(row.samples_ms),
-            "memory_bytes": row.memory_bytes or None,
-            "ratio": round(row.ratio, 3) if row.ratio is not None else None,
-            "ratio_to": row.ratio_to,
-            "wanted": row.wanted,
-        }
-        for row in rows
-    ]
-
-
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Measure the driver against the machine's floor and its predecessor.")
@@ -584,13 +494,7 @@ def main() -> int:
     finally:
         base.rmdir()  # each machine has removed its own part
     described["seconds"] = round(time.monotonic() - begun_s)
-    if arguments.json:
-        click.echo(json.dumps({"environment": described, "rows": as_objects(rows)}, indent=1))
-        return 0
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(as_table(rows))
-    console.print("\n" + ", ".join(f"{name} {value}" for name, value in described.items()), soft_wrap=True)
-    console.print("Ratios compare inside this run only; bench/README.md says how each figure is taken.", soft_wrap=True)
+    show(rows, described, as_json=arguments.json)
     return 0
 
 

@@ -27,6 +27,11 @@ POOL_AVAILABLE_BYTES = Gauge("csi_quobyte_pool_available_bytes", "Free space of 
 LAYERS_DROPPED = Counter("csi_quobyte_layers_dropped", "Unreferenced layers removed", ["pool"])
 LAYERS_MERGED = Counter("csi_quobyte_layers_merged", "Layers folded into others, heads flattened", ["pool", "kind"])
 COLLECTOR_FAILURES = Counter("csi_quobyte_collector_failures", "Collector passes that ended with an error", ["pool"])
+COLLECTOR_PASS_SECONDS = Gauge(
+    "csi_quobyte_collector_pass_seconds",
+    "How long the collector's last look at everything took; the next one begins no sooner than nine times that later",
+    ["pool"],
+)
 FENCE_LAST_LOOK = Gauge(
     "csi_quobyte_fence_last_look_timestamp_seconds",
     "When the node last looked at every staged volume whether it was taken away (Unix time)",

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_i
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.errors import Busy, DriverError, Exhausted
 from csi_quobyte.host.qemu import QemuTools
+from csi_quobyte.pool.pace import Pace, no_pace
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import (
     LayerState,
@@ -40,6 +41,10 @@ from csi_quobyte.pool.store import Store
 log = logging.getLogger(__name__)
 
 PASS_EVERY_S = 300.0
+# of the time that a pass took: of a slow or large pool it has one tenth of all time at most, while something is in its
+# way one quarter
+_REST_AFTER_PASS = 9.0
+_REST_BEFORE_RETRY = 3.0
 AGAIN_AFTER_S = 15.0  # after a piece of work that failed or was in somebody's way
 _PASSES_AT_MOST = 5
 # between passes when a claim is in the way: some passes later it counts as a dead process's
@@ -102,6 +107,7 @@ class Collector:
 
     def _run(self) -> None:
         wait_s = PASS_EVERY_S
+        took_s = 0.0  # by the last look at everything
         while not self._stopping.is_set():
             try:
                 layer_id = self._released.get(timeout=wait_s)
@@ -109,7 +115,14 @@ class Collector:
                 layer_id = None
             if self._stopping.is_set():
                 return
-            wait_s = PASS_EVERY_S if self._work(layer_id) else AGAIN_AFTER_S
+            begun = time.monotonic()
+            done = self._work(layer_id)
+            if layer_id is None:
+                took_s = time.monotonic() - begun
+                telemetry.COLLECTOR_PASS_SECONDS.labels(self._pool.name).set(took_s)
+            wait_s = max(PASS_EVERY_S, took_s * _REST_AFTER_PASS)
+            if not done:
+                wait_s = max(AGAIN_AFTER_S, took_s * _REST_BEFORE_RETRY)
 
     def _work(self, layer_id: str | None) -> bool:
         """Do one piece of work; an error never ends the thread. False: something is to be done again soon."""
@@ -147,15 +160,18 @@ class Collector:
 
         Gives what the last look has found for the merger.
         """
+        pace = Pace(lambda: self._pool.is_serving, sleep=self._stopping.wait)
+        found: Index | None = None
         for _ in range(_PASSES_AT_MOST):
-            report, found = _sweep(store)
+            found = None  # no two in memory at a time
+            report, found = _sweep(store, pace)
             if not report or self._stopping.is_set():
                 break
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(report.layers)
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
-        return work_in(found, store)
+        return work_in(found, store) if found else Work()
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,7 @@ def collect(store: Store, tools: QemuTools, *, merges: bool) -> Iterator["Collec
     lease = Lease()
     try:
         while True:
-            report, found = _sweep(store)
+            report, found = _sweep(store, no_pace)
             if report:
                 yield Collected(report)
                 continue
@@ -202,20 +218,22 @@ def plans(store: Store) -> list[Plan]:
     return [plan for layer_id in work.free if (plan := plan_near(store, layer_id))]
 
 
-def sweep(store: Store) -> Report:
+def sweep(store: Store, *, pace: Callable[[], None] = no_pace) -> Report:
     """Look at everything once and do what can be done; a second pass over a quiet pool does nothing.
+
+    `pace` is called between small steps of reading. No two indexes are in memory at a time.
 
     Raises:
         Busy: another collector is at work on this pool.
     """
-    return _sweep(store)[0]
+    return _sweep(store, pace)[0]
 
 
-def _sweep(store: Store) -> tuple[Report, Index]:
+def _sweep(store: Store, pace: Callable[[], None]) -> tuple[Report, Index]:
     """Do what `sweep` does, and give what was found last, too."""
     with store.lock(_LOCK):
         report = Report()
-        found = index_module.read(store)
+        found = index_module.read(store, brief=True, pace=pace)
         _finish_deletes(store, found, report)
         _finish_freezes(store, found, report)
         _undo_announced(store, found, report)
@@ -225,12 +243,14 @@ def _sweep(store: Store) -> tuple[Report, Index]:
                 "; ".join(found.unreadable.values()),
             )
             if all(is_layer_id(record_id) for record_id in found.unreadable):
-                _drop_unreferenced(store, found, report)
+                _drop_unreferenced(store, found, report, pace)
                 _remove_damaged_layers(store, found, report)
         else:
-            found = index_module.read(store) if report else found
-            _remove_stale_markers(store, found, report)
-            _drop_unreferenced(store, found, report)
+            if report:
+                del found
+                found = index_module.read(store, brief=True, pace=pace)
+            _remove_stale_markers(store, found, report, pace)
+            _drop_unreferenced(store, found, report, pace)
             _remove_orphan_files(store, found, report)
         _clean_temporaries(store, report)
         return report, found
@@ -301,14 +321,15 @@ def _undo_announced(store: Store, found: Index, report: Report) -> None:
                 report.files += 1
 
 
-def _remove_stale_markers(store: Store, found: Index, report: Report) -> None:
+def _remove_stale_markers(store: Store, found: Index, report: Report, pace: Callable[[], None]) -> None:
     """Take away markers that no record justifies.
 
     The records were read after the markers, so none is about to come for the first time. But they were not all read at
     one moment: what had still been an intent when the volume was read may have become its head since. So the owner
     is read once more, under its lock, before anything is removed.
     """
-    for layer_id, names in found.refs.items():
+    for layer_id, names in list(found.refs.items()):
+        pace()
         for name in names:
             marker = parse_marker(name)
             if marker is None or found.needs(layer_id, marker):
@@ -318,6 +339,7 @@ def _remove_stale_markers(store: Store, found: Index, report: Report) -> None:
                 if free and not _is_needed_now(store, layer_id, marker):
                     log.warning("marker %s on layer %s belongs to nothing and is removed", name, layer_id)
                     store.unmark(layer_id, name)
+                    found.refs[layer_id] = [other for other in found.refs[layer_id] if other != name]
                     report.markers += 1
 
 
@@ -339,21 +361,26 @@ def _is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
             return volume is not None and volume.uid == marker.uid and volume.head == layer_id
 
 
-def _drop_unreferenced(store: Store, found: Index, report: Report) -> None:
+def _drop_unreferenced(store: Store, found: Index, report: Report, pace: Callable[[], None]) -> None:
     """Drop the layers without markers, and go on with a drop that a crash has interrupted.
 
-    Besides the markers, no record may name them; for that everything is read anew, after the markers were seen empty.
+    Besides the markers, no record may name them; for that all records are read anew, after the markers were seen empty.
     A marker that was lost is damage, which check reports.
     """
-    candidates = [layer for layer in found.layers.values() if not store.markers(layer.id)]
+    candidates = [
+        layer for layer in found.layers.values() if not found.refs.get(layer.id) and not store.markers(layer.id)
+    ]
     if not candidates:
         return
-    now = index_module.read(store)
+    now = index_module.read_names(store, pace=pace)
+    if now.unreadable.keys() - found.unreadable.keys():
+        report.left += 1  # what cannot be read at this moment may name them
+        return
     for layer in candidates:
-        if layer.state is not LayerState.RETIRED and (layer.id in now.named_layers or layer.id in now.held_layers):
+        if layer.state is not LayerState.RETIRED and (layer.id in now.named or layer.id in now.held):
             continue
         with _if_free(store, report):
-            dropped = layers.drop_upwards(store, layer.id, keep=now.held_layers)
+            dropped = layers.drop_upwards(store, layer.id, keep=now.held)
             report.layers += dropped
             report.left += not dropped and store.find_layer(layer.id) is not None
 

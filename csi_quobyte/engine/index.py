@@ -2,21 +2,33 @@
 
 The order of reading matters: markers and stray files first, records after. An intent is written before anything that
 it names, so whatever was seen in the first part and belongs to somebody has its record seen in the second.
+
+A pool may have 100 000 volumes: `brief` keeps of each record what the collector judges by, and `read_names` only which
+layers are named.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TypeVar
 
 from csi_quobyte.errors import Corrupt
+from csi_quobyte.pool.pace import no_pace
 from csi_quobyte.pool.records import LayerRecord, Marker, SnapshotRecord, VolumeRecord, VolumeState
-from csi_quobyte.pool.store import Store
+from csi_quobyte.pool.store import Store, is_record
 
 T = TypeVar("T")
 
+_NO_TIME = datetime.fromtimestamp(0, UTC)
+_NOTHING: dict[str, str] = {}
+_PART = 1000  # records at a time
+_LAYER_FILES = frozenset({"qcow2", "raw", "refs"})
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Stray:
     """A file in a shard that is not a record: an image, a refs directory, a content note, a claim, or foreign."""
 
@@ -132,31 +144,131 @@ class Index:
                 return volume.head == layer_id or (volume.id, layer_id) in self.intended_heads
 
 
-def read(store: Store) -> Index:
-    """Read all of a pool. Damaged records are listed, not raised."""
+@dataclass
+class Names:
+    """Which layers the records of a pool name, and which of them volumes and snapshots hold; see `Index`."""
+
+    named: set[str] = field(default_factory=set)
+    held: set[str] = field(default_factory=set)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def add(self, part: Index) -> None:
+        """Add what a part of the pool names; what a record names does not depend on the other ones."""
+        self.named.update(part.named_layers)
+        self.held |= part.held_layers
+
+
+def read(store: Store, *, brief: bool = False, pace: Callable[[], None] = no_pace) -> Index:
+    """Read all of a pool; `pace` is called between small steps. Damaged records are listed, not raised.
+
+    A layer's files beside its record, in one look at their directory, are no strays: they belong to it.
+
+    With `brief` the records lack what nobody needs to judge a pool by, and that is most of their bytes. They have no
+    nonce: one that is written back by mistake loses every compare-and-set.
+    """
     index = Index()
-    index.strays = [Stray(*entry) for entry in store.stray_files("layers")]
-    for stray in index.strays:
-        if stray.name.endswith(".refs"):
-            layer_id = stray.name.removesuffix(".refs")
-            markers = store.markers(layer_id)
-            if markers is not None:
-                index.refs[layer_id] = markers
+    for shard, names in store.listings("layers"):
+        _read_layer_files(store, index, shard, names, pace)
     # announcements, too, are made before what they name: looked for after the markers and before the records that
     # they become
-    index.strays += [Stray(*entry) for folder in ("volumes", "snapshots") for entry in store.stray_files(folder)]
-    _read_into(index, index.volumes, store.volume_ids(), store.find_volume)
-    _read_into(index, index.snapshots, store.snapshot_ids(), store.find_snapshot)
-    _read_into(index, index.layers, store.layer_ids(), store.find_layer)
+    for folder in ("volumes", "snapshots"):
+        for shard, names in store.listings(folder):
+            index.strays += [Stray(folder, shard, name) for name in names if not is_record(name)]
+            pace()
+    for volume_id, volume in _records(store.volume_ids(), store.find_volume, index.unreadable, pace):
+        index.volumes[volume_id] = _brief_volume(volume) if brief else volume
+    for snapshot_id, snapshot in _records(store.snapshot_ids(), store.find_snapshot, index.unreadable, pace):
+        index.snapshots[snapshot_id] = _brief_snapshot(snapshot) if brief else snapshot
+    for layer_id, layer in _records(store.layer_ids(), store.find_layer, index.unreadable, pace):
+        index.layers[layer_id] = _brief_layer(layer) if brief else layer
     return index
 
 
-def _read_into(index: Index, into: dict[str, T], ids: Iterable[str], find: Callable[[str], T | None]) -> None:
+def read_names(store: Store, *, pace: Callable[[], None] = no_pace) -> Names:
+    """Read which layers are named now: announcements first, the records that they become after."""
+    found = Names()
+    announced = Index()
+    for shard, names in store.listings("volumes"):
+        announced.strays += [Stray("volumes", shard, name) for name in names if ".new-" in name]
+        pace()
+    found.add(announced)
+    for volumes in _parts(_records(store.volume_ids(), store.find_volume, found.unreadable, pace)):
+        found.add(Index(volumes=volumes))
+    for snapshots in _parts(_records(store.snapshot_ids(), store.find_snapshot, found.unreadable, pace)):
+        found.add(Index(snapshots=snapshots))
+    for layers in _parts(_records(store.layer_ids(), store.find_layer, found.unreadable, pace)):
+        found.add(Index(layers=layers))
+    return found
+
+
+def _parts(records: Iterator[tuple[str, T]]) -> Iterator[dict[str, T]]:
+    while part := dict(itertools.islice(records, _PART)):
+        yield part
+
+
+def _read_layer_files(store: Store, index: Index, shard: str, names: Sequence[str], pace: Callable[[], None]) -> None:
+    """Read the markers of a shard's layers, and keep what else is there and is not beside its record."""
+    recorded = {name.removesuffix(".json") for name in names if is_record(name)}
+    for name in names:
+        owner, _, ending = name.partition(".")
+        if ending == "refs" and (markers := store.markers(owner)) is not None:
+            index.refs[sys.intern(owner)] = markers
+        if not is_record(name) and not (owner in recorded and ending in _LAYER_FILES):
+            index.strays.append(Stray("layers", shard, name))
+        pace()
+
+
+def _records(
+    ids: Iterable[str], find: Callable[[str], T | None], unreadable: dict[str, str], pace: Callable[[], None]
+) -> Iterator[tuple[str, T]]:
+    """Give the records of some ids; those that cannot be read go into `unreadable`, with what is wrong."""
     for record_id in ids:
         try:
             record = find(record_id)
         except Corrupt as error:
-            index.unreadable[record_id] = str(error)
-            continue
-        if record is not None:
-            into[record_id] = record
+            unreadable[record_id] = str(error)
+        else:
+            if record is not None:
+                yield sys.intern(record_id), record
+        pace()
+
+
+def _shared(text: str | None) -> str | None:
+    """Give the one copy of an id in memory: several records name the same layer."""
+    return sys.intern(text) if text else None
+
+
+def _brief_volume(volume: VolumeRecord) -> VolumeRecord:
+    return replace(
+        volume,
+        id=sys.intern(volume.id),
+        name="",
+        head=sys.intern(volume.head),
+        filesystem="",
+        mkfs_options=(),
+        created_at=_NO_TIME,
+        parent=_shared(volume.parent),
+        source_next=_shared(volume.source_next),
+        inherited_content=None,
+        kubernetes=_NOTHING,
+        nonce="",
+    )
+
+
+def _brief_snapshot(snapshot: SnapshotRecord) -> SnapshotRecord:
+    return replace(
+        snapshot,
+        id=sys.intern(snapshot.id),
+        name="",
+        source_volume=sys.intern(snapshot.source_volume),
+        layer=sys.intern(snapshot.layer),
+        next=_shared(snapshot.next),
+        content=None,
+        created_at=_NO_TIME,
+        kubernetes=_NOTHING,
+        nonce="",
+    )
+
+
+def _brief_layer(layer: LayerRecord) -> LayerRecord:
+    return replace(layer, id=sys.intern(layer.id), parent=_shared(layer.parent), nonce="")

@@ -253,8 +253,8 @@ def _collect(store: Store, tools: QemuTools) -> DriverError | None:
         while True:
             for _ in collector.collect(store, tools, merges=False):
                 pass
-            strays = [stray for folder in ("volumes", "snapshots", "layers") for stray in store.stray_files(folder)]
-            if not any(".json.g" in name for _, _, name in strays) or time.monotonic() >= deadline:
+            folders = [listing for folder in ("volumes", "snapshots", "layers") for listing in store.listings(folder)]
+            if not any(".json.g" in name for _, names in folders for name in names) or time.monotonic() >= deadline:
                 return None
             time.sleep(_PAUSE_S)
     except DriverError as error:

@@ -198,7 +198,7 @@ def list_page(store: Store, *, after: str, at_most: int, source_volume: str = ""
     found: list[SnapshotRecord] = []
     for snapshot_id in store.snapshot_ids(after=after):
         try:
-            snapshot = store.find_snapshot(snapshot_id)
+            snapshot = store.find_snapshot(snapshot_id, of=source_volume)
         except Corrupt as error:
             log.error("left out of the list: %s", error)
             continue

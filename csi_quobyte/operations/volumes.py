@@ -141,7 +141,7 @@ def create(
         else:
             made = _create_from(store, volume, volume_id, request, provisioned, release, copies)
         if not (volume and volume.pinned):
-            provisioned.add(store, made.size_bytes)
+            provisioned.add(store, made.id, made.size_bytes)
     # a copy takes its time, and holds none of these locks meanwhile
     return copies.volume(store, made, release) if made.pinned else made
 
@@ -153,7 +153,7 @@ def _tell_failure(
     if failed is None:
         return
     volume, error = failed
-    provisioned.add(store, -volume.size_bytes)
+    provisioned.add(store, volume.id, -volume.size_bytes)
     try:
         check_same_request(volume, request)
     except AlreadyExists:
@@ -441,7 +441,7 @@ def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Rele
             return
         with _also_locked(store, volume, None):
             release(removal.remove_volume(store, volume))
-        provisioned.add(store, -volume.size_bytes)
+        provisioned.add(store, volume_id, -volume.size_bytes)
 
 
 # --- attach ----------------------------------------------------------------------------------------------------
@@ -534,7 +534,7 @@ def expand(store: Store, volume_id: str, size: SizeRange, provisioned: Provision
             more = wanted - volume.size_bytes
             check_fits(store, provisioned, more, "off")
             volume = store.swap(volume, replace(volume, size_bytes=wanted))
-            provisioned.add(store, more)
+            provisioned.add(store, volume_id, more)
         return volume
 
 

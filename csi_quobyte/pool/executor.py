@@ -58,6 +58,13 @@ class Executor:
         self._timeout_s = timeout_s
         self._callers = threading.BoundedSemaphore(callers)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix=name)
+        self._waiting = 0
+        self._guard = threading.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for work of this executor now."""
+        return self._waiting
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Start `work` with the caller's log context, and do not wait."""
@@ -73,9 +80,15 @@ class Executor:
             finished()
             raise Unavailable(f"too many calls wait for {self._name} already; try again")
         try:
+            self._count(1)
             return self._wait(work, finished)
         finally:
+            self._count(-1)
             self._callers.release()
+
+    def _count(self, more: int) -> None:
+        with self._guard:
+            self._waiting += more
 
     def _wait(self, work: Callable[[], T], finished: Callable[[], None]) -> T:
         future = self.submit(work)

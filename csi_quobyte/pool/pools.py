@@ -54,6 +54,11 @@ class Pool:
         self._guard = threading.Lock()
         self._store: Store | None = None
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether a call is at work in this pool now: what has time should let it pass."""
+        return self._executor.waiting > 0
+
     def run(self, work: Callable[[Store], T], *, finished: Callable[[], None] = lambda: None) -> T:
         """Do `work` on this pool and give its result; `finished` as in `Executor.run`.
 

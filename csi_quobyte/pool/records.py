@@ -63,7 +63,7 @@ class LayerState(StrEnum):
     RETIRED = "retired"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """What a volume was made from."""
 
@@ -71,7 +71,7 @@ class Source:
     id: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Content:
     """What is known to have been written to a volume's device.
 
@@ -84,7 +84,7 @@ class Content:
     generation: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Attachment:
     """One node's right to open a volume. A stage that does not bring this `generation` is refused."""
 
@@ -95,7 +95,7 @@ class Attachment:
     opened: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VolumeRecord:
     """A volume.
 
@@ -134,7 +134,7 @@ class VolumeRecord:
     nonce: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotRecord:
     """A snapshot: a reference to a frozen layer. `next` is the head that the source volume gets by the freeze.
 
@@ -161,7 +161,7 @@ class SnapshotRecord:
     nonce: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Merge:
     """A change of a chain that is under way; `child` is the layer whose parent becomes `parent` (None: it has none).
 
@@ -175,7 +175,7 @@ class Merge:
     parent: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRecord:
     """One image file. `size_bytes` is its virtual size when it was made (a head may have grown since).
 
@@ -278,6 +278,13 @@ class Versioned:
     uid: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sized:
+    """The part of a volume's record that is counted."""
+
+    size_bytes: int
+
+
 Record = VolumeRecord | SnapshotRecord | LayerRecord | NodeRecord | LeaseRecord
 R = TypeVar("R", VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord, LeaseRecord)
 D = TypeVar("D")
@@ -294,6 +301,7 @@ _ADAPTERS: dict[type, TypeAdapter[object]] = {
         Content,
         Progress,
         Versioned,
+        Sized,
     )
 }
 
@@ -368,6 +376,11 @@ def snapshot_id(pool_prefix: str, name: str) -> str:
 def node_digest(node_id: str) -> str:
     """The file-name part of a node's record: node ids may hold characters that file names may not."""
     return _digest(node_id)
+
+
+def shard_of(record_id: str) -> str:
+    """The two hex digits that name the directory of a volume, snapshot or layer."""
+    return record_id.rpartition("-")[2][:2]
 
 
 def new_uid() -> str:

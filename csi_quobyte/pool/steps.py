@@ -8,9 +8,9 @@ crash tests number them; it never changes what a step does.
 import errno
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 from csi_quobyte.errors import Busy, DriverError, Exhausted, OutOfRange, Refused, Unavailable
@@ -24,25 +24,34 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM}
 
 
-@contextmanager
-def translated(path: str) -> Iterator[None]:
+class translated:  # noqa: N801 - reads as the function that it is used as; a generator would take longer than a read
     """Turn an OSError of a file operation on `path` into the error class that says what a caller may do about it.
 
     FileExistsError and FileNotFoundError pass: their meaning depends on the step.
     """
-    try:
-        yield
-    except (FileExistsError, FileNotFoundError, DriverError):
-        raise
-    except OSError as error:
-        words = f"{path}: {error.strerror}"
-        if error.errno in _NO_SPACE:
-            raise Exhausted(f"no space left in the pool ({words})") from error
-        if error.errno == errno.EFBIG:
-            raise OutOfRange(f"the pool cannot hold a file of this size ({words})") from error
-        if error.errno in _NOT_ALLOWED:
-            raise Refused(f"this process may not do that in the pool; check owner and modes ({words})") from error
-        raise Unavailable(f"the pool does not answer properly ({words})") from error
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, (FileExistsError, FileNotFoundError)):
+            raise _translation(self._path, error) from error
+
+
+def _translation(path: str, error: OSError) -> DriverError:
+    words = f"{path}: {error.strerror}"
+    if error.errno in _NO_SPACE:
+        return Exhausted(f"no space left in the pool ({words})")
+    if error.errno == errno.EFBIG:
+        return OutOfRange(f"the pool cannot hold a file of this size ({words})")
+    if error.errno in _NOT_ALLOWED:
+        return Refused(f"this process may not do that in the pool; check owner and modes ({words})")
+    return Unavailable(f"the pool does not answer properly ({words})")
 
 
 @dataclass(frozen=True)

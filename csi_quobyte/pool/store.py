@@ -46,6 +46,7 @@ D = TypeVar("D")
 log = logging.getLogger(__name__)
 
 _KINDS = {"volumes": VolumeRecord, "snapshots": SnapshotRecord, "layers": LayerRecord}
+SHARDS = tuple(f"{number:02x}" for number in range(256))
 _SHARDED = ("volumes", "snapshots", "layers")
 _PLAIN = ("tmp", "reserve", "nodes")
 _SHARD = re.compile(r"[0-9a-f]{2}")
@@ -56,6 +57,7 @@ _LEASE_CLAIM = re.compile(rf"{records.LEASE_ID}\.json\.g[0-9]+")
 _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
 _RECORD_BYTES = 1 << 20
+_READ_BYTES = 1 << 16  # at a time: a buffer of a MiB for each small record costs more than the reading
 _CLAIM_PATIENCE_S = 2.0
 _REREAD_PAUSE_S = 1.1
 
@@ -72,8 +74,11 @@ def _read(path: str) -> bytes | None:
         except FileNotFoundError:
             return None
         try:
-            data = os.read(fd, _RECORD_BYTES)
-            if len(data) == _RECORD_BYTES:
+            data = part = os.read(fd, _READ_BYTES)
+            while len(part) == _READ_BYTES and len(data) < _RECORD_BYTES:
+                part = os.read(fd, _READ_BYTES)
+                data += part
+            if len(data) >= _RECORD_BYTES:
                 raise Corrupt(f"{path} is larger than any record")
             return data
         finally:
@@ -155,8 +160,8 @@ def initialise(root: str, *, owner: Owner, modes: Modes) -> PoolFormat:
     for name in (*_PLAIN, *_SHARDED):
         steps.make_directory(f"{root}/{name}")
     for name in _SHARDED:
-        for shard in range(256):
-            steps.make_directory(f"{root}/{name}/{shard:02x}", sync=False)
+        for shard in SHARDS:
+            steps.make_directory(f"{root}/{name}/{shard}", sync=False)
         steps.sync(f"{root}/{name}")
     _own_root(root, made)
     steps.touch(f"{root}/lock")
@@ -309,8 +314,7 @@ class Store:
     # --- paths -------------------------------------------------------------------------------------------------
 
     def _record_path(self, folder: str, record_id: str) -> str:
-        shard = record_id.rpartition("-")[2][:2]
-        return f"{self.root}/{folder}/{shard}/{record_id}.json"
+        return f"{self.root}/{folder}/{records.shard_of(record_id)}/{record_id}.json"
 
     def _path_of(self, record: records.Record) -> str:
         match record:
@@ -366,9 +370,13 @@ class Store:
         """
         return self._find(VolumeRecord, self._record_path("volumes", volume_id))
 
-    def find_snapshot(self, snapshot_id: str) -> SnapshotRecord | None:
-        """Give a snapshot's record, None when there is none."""
-        return self._find(SnapshotRecord, self._record_path("snapshots", snapshot_id))
+    def find_snapshot(self, snapshot_id: str, *, of: str = "") -> SnapshotRecord | None:
+        """Give a snapshot's record, None when there is none, or with `of` when it surely is none of that volume's."""
+        path = self._record_path("snapshots", snapshot_id)
+        data = _read(path)
+        if data is None or of.encode() not in data:
+            return None
+        return records.decode(SnapshotRecord, data, where=path)
 
     def find_layer(self, layer_id: str) -> LayerRecord | None:
         """Give a layer's record, None when there is none."""
@@ -431,17 +439,35 @@ class Store:
     def node_ids(self) -> list[str]:
         """Give the ids of all nodes that ever had this pool, sorted; damaged records raise Corrupt."""
         directory = f"{self.root}/nodes"
-        found = (self._find(NodeRecord, f"{directory}/{name}") for name in _names(directory) if _is_record(name))
+        found = (self._find(NodeRecord, f"{directory}/{name}") for name in _names(directory) if is_record(name))
         return sorted(node.id for node in found if node)
 
     def _ids(self, folder: str, after: str) -> Iterator[str]:
         """Walk the shards in order. The ids of one folder differ only after a common prefix, so this sorts them all."""
-        first = after.rpartition("-")[2][:2] if after else "00"
-        for shard in (f"{number:02x}" for number in range(256)):
+        first = records.shard_of(after) if after else SHARDS[0]
+        for shard in SHARDS:
             if shard >= first:
                 for name in _names(f"{self.root}/{folder}/{shard}"):
-                    if _is_record(name) and (record_id := name.removesuffix(".json")) > after:
+                    if is_record(name) and (record_id := name.removesuffix(".json")) > after:
                         yield record_id
+
+    def changed_ns(self, folder: str, shard: str) -> int:
+        """Give the time at which a name in a shard was last made, replaced or removed: that of its directory."""
+        path = f"{self.root}/{folder}/{shard}"
+        with translated(path):
+            try:
+                return os.stat(path).st_mtime_ns
+            except FileNotFoundError as error:
+                raise Unavailable(f"{path} is gone: is the pool still mounted?") from error
+
+    def volume_sizes(self, shard: str) -> Iterator[int]:
+        """Give the sizes of the volumes of a shard; a damaged record (check reports it) counts as none."""
+        directory = f"{self.root}/volumes/{shard}"
+        for name in _names(directory):
+            if is_record(name):
+                with suppress(Corrupt):
+                    found = self._find(records.Sized, f"{directory}/{name}")
+                    yield found.size_bytes if found else 0
 
     # --- writing records ---------------------------------------------------------------------------------------
 
@@ -886,13 +912,10 @@ class Store:
             temporary = self._steps.write_temporary(lambda fd: write_all(fd, bytes(_RESERVE_BYTES)))
             self._steps.rename(temporary, f"{self.root}/reserve/{uuid.uuid4().hex}")
 
-    def stray_files(self, folder: str) -> list[tuple[str, str, str]]:
-        """Give (folder, shard, name) of every entry in the shards of `folder` that is not a record's own file."""
-        found = []
-        for shard in (f"{number:02x}" for number in range(256)):
-            names = _names(f"{self.root}/{folder}/{shard}")
-            found += [(folder, shard, name) for name in names if not _is_record(name)]
-        return found
+    def listings(self, folder: str) -> Iterator[tuple[str, list[str]]]:
+        """Give each shard of `folder` with the names of all that is in it: records, and what `is_record` is not."""
+        for shard in SHARDS:
+            yield shard, _names(f"{self.root}/{folder}/{shard}")
 
     def foreign_files(self) -> list[str]:
         """Name what lies outside of the shards and is not of this format; nothing of it is ever touched."""
@@ -1016,5 +1039,6 @@ class Store:
         self._steps.unlink(f"{self.root}/{folder}/{shard}/{name}")
 
 
-def _is_record(name: str) -> bool:
+def is_record(name: str) -> bool:
+    """Say whether a file in a shard is a record's own, by its name."""
     return name.endswith(".json")

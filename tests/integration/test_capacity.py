@@ -1,17 +1,21 @@
 """Capacity: the formula, GetCapacity against what create accepts, and a pool that really is full: an ext4 of 24 MiB."""
 
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from controller_kit import Kit, tree
 
-from csi_quobyte.errors import Exhausted
+from csi_quobyte.errors import Exhausted, Unavailable
 from csi_quobyte.operations.capacity import Provisioned, available_bytes
+from csi_quobyte.pool import records
 from csi_quobyte.pool.records import PoolSettings
 from csi_quobyte.pool.sizes import GIB, MIB, SizeRange, human
+from csi_quobyte.pool.store import SHARDS, Store
 
 Spaced = Callable[..., Kit]
 
@@ -49,7 +53,7 @@ def test_formula(
     kit = spaced(total * GIB, available * GIB, reserved=reserved, over=over)
     known = Provisioned()
     known.total_bytes(kit.store)
-    known.add(kit.store, provisioned * GIB)
+    known.add(kit.store, records.volume_id(kit.store.prefix, "v"), provisioned * GIB)
     assert available_bytes(kit.store, known, "off") == thin * GIB
     assert available_bytes(kit.store, known, "metadata") == thin * GIB
     assert available_bytes(kit.store, known, "falloc") == thick * GIB
@@ -93,6 +97,16 @@ def test_expand_beyond_what_is_left_is_exhausted(spaced: Spaced) -> None:
     assert kit.expand("v", 1024 * MIB).size_bytes == GIB
 
 
+def eventually(known: Provisioned, kit: Kit) -> int:
+    """Give the sum after the count that is due now: on a busy machine no call may have waited for it."""
+    known.total_bytes(kit.store)
+    deadline = time.monotonic() + 10
+    while any(thread.name == "count" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return known.total_bytes(kit.store)
+
+
 def test_other_processes_volumes_are_counted_after_a_minute(kit: Kit) -> None:
     now = 0.0
     known = Provisioned(clock=lambda: now)
@@ -101,7 +115,73 @@ def test_other_processes_volumes_are_counted_after_a_minute(kit: Kit) -> None:
     now = 59.0
     assert known.total_bytes(kit.store) == 0
     now = 61.0
+    assert eventually(known, kit) == GIB
+
+
+def test_a_long_count_is_waited_for_by_no_call(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    known = Provisioned(clock=lambda: now)
+    volume = kit.create("v", size=SizeRange(GIB))
     assert known.total_bytes(kit.store) == GIB
+    read, go_on, ended = Store.volume_sizes, threading.Event(), threading.Event()
+
+    def slow(store: Store, shard: str) -> Iterator[int]:
+        if shard == SHARDS[-1]:
+            go_on.wait(30)
+            ended.set()
+        return read(store, shard)
+
+    monkeypatch.setattr(Store, "volume_sizes", slow)
+    kit.expand("v", 2 * GIB)  # not through `known`: as another process does it
+    now = 61.0
+    begun = time.monotonic()
+    sums = {known.total_bytes(kit.store) for _ in range(3)}
+    assert time.monotonic() - begun < 10
+    assert not ended.is_set()
+    assert sums <= {GIB, 2 * GIB}
+    known.add(kit.store, volume.id, GIB)  # while the count runs
+    go_on.set()
+    assert ended.wait(10)
+    now = 122.0
+    assert eventually(known, kit) == 2 * GIB
+
+
+def test_only_directories_that_changed_are_counted_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    known = Provisioned(clock=lambda: now)
+    kit.create("v", size=SizeRange(GIB))
+    assert eventually(known, kit) == GIB
+    now = 61.0
+    assert eventually(known, kit) == GIB
+    read, shards = Store.volume_sizes, []
+
+    def noted(store: Store, shard: str) -> Iterator[int]:
+        shards.append(shard)
+        return read(store, shard)
+
+    monkeypatch.setattr(Store, "volume_sizes", noted)
+    now = 122.0
+    assert eventually(known, kit) == GIB
+    assert shards == []
+    other = kit.create("w", size=SizeRange(GIB))
+    now = 183.0
+    assert eventually(known, kit) == 2 * GIB
+    assert shards == [records.shard_of(other.id)]
+    now = 3700.0
+    assert eventually(known, kit) == 2 * GIB
+    assert len(shards) == 1 + len(SHARDS)
+
+
+def test_a_pool_that_cannot_be_counted_is_unavailable(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(store: Store, folder: str, shard: str) -> int:
+        raise Unavailable("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "changed_ns", gone)
+        known = Provisioned()
+        with pytest.raises(Unavailable, match="gone"):
+            known.total_bytes(kit.store)
+    assert known.total_bytes(kit.store) == 0
 
 
 # --- a full pool -----------------------------------------------------------------------------------------------

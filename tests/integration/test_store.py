@@ -26,8 +26,8 @@ from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import LayerRecord, LayerState, Modes, Owner, VolumeState
 from csi_quobyte.pool.store import Store, initialise, read_format
 
-INCREMENTS = 500
-DEADLINE_S = 60
+INCREMENTS = int(os.environ.get("CSI_QUOBYTE_INCREMENTS", "500"))  # by each of two processes; make scale: 5000
+DEADLINE_S = 60 + INCREMENTS / 20
 MARKER = records.child_marker("a" * 24)
 
 INCREMENT = """
