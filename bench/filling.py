@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]  # the script is started by its path, from a tree that is not installed
+sys.path[:0] = [str(ROOT), str(ROOT / "deploy")]  # the script is started by its path, from a tree that is not installed
 
+from csi_quobyte.engine.copying import Copier  # noqa: E402
+from csi_quobyte.host.qemu import find_tools  # noqa: E402
 from csi_quobyte.operations import snapshots, volumes  # noqa: E402
 from csi_quobyte.operations.capacity import Provisioned  # noqa: E402
 from csi_quobyte.operations.snapshots import SnapshotRequest  # noqa: E402
@@ -22,6 +24,7 @@ from csi_quobyte.pool.records import Content  # noqa: E402
 from csi_quobyte.pool.sizes import SizeRange  # noqa: E402
 from csi_quobyte.pool.steps import Steps  # noqa: E402
 from csi_quobyte.pool.store import Store  # noqa: E402
+from lab.machine import QEMU_DIR  # noqa: E402
 
 SIZE_BYTES = 1 << 20
 
@@ -53,7 +56,7 @@ def forget_syncing() -> None:
 
 def fill(store: Store, numbers: range, snapshot_every: int) -> None:
     """Make the volumes of these numbers, and a snapshot of every so many of them."""
-    provisioned = Nothing()
+    provisioned, copier = Nothing(), Copier(find_tools(str(QEMU_DIR)), "filling")  # there is nothing to copy
     for number in numbers:
         request = CreateRequest(
             name=f"pvc-{number:08x}-0000-4000-8000-000000000000",
@@ -67,7 +70,7 @@ def fill(store: Store, numbers: range, snapshot_every: int) -> None:
             source=None,
             kubernetes={"pvc": f"data-{number}", "namespace": "default", "pv": f"pvc-{number:08x}"},
         )
-        made = volumes.create(store, request, provisioned, lambda _: None)
+        made = volumes.create(store, request, provisioned, lambda _: None, copier)
         store.put_content(made, Content(state="raw", generation=1))  # as one that was used once
         if snapshot_every and number % snapshot_every == 0:
             wanted = SnapshotRequest(name=f"snapshot-{number:08x}", source_volume=made.id, kubernetes={})
