@@ -105,6 +105,7 @@ class StandIn:
     def hang(self) -> None:
         """Stop the FUSE server: every touch of the mount hangs from now on."""
         os.kill(self.pid, signal.SIGSTOP)
+        wait_for(f"bindfs at {self.path} to stop", lambda: _is_stopped(self.pid))
 
     def resume(self) -> None:
         """Let a hung FUSE server go on."""
@@ -309,6 +310,14 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_stopped(pid: int) -> bool:
+    """Say whether every thread of a process has stopped: a signal reaches one, which then stops the others."""
+    with suppress(OSError):  # a thread has just ended
+        states = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(state.rpartition(")")[2].split()[0] in "tT" for state in states)
+    return False
 
 
 def _holds_json(directory: Path) -> bool:
