@@ -17,9 +17,13 @@ from csi_quobyte.pool.records import (
     LayerRecord,
     LayerState,
     SnapshotState,
+    TrashState,
+    VolumeRecord,
     VolumeState,
     child_marker,
     is_layer_id,
+    layer_of,
+    marker_of,
     parse_marker,
     snapshot_marker,
     volume_marker,
@@ -91,6 +95,7 @@ class Result:
     volumes: int = 0
     snapshots: int = 0
     layers: int = 0
+    trash: int = 0
     skipped_live: int = 0
     findings: list[Finding] = field(default_factory=list)
 
@@ -98,7 +103,7 @@ class Result:
 def check(store: Store, check_image: CheckImage) -> Result:
     """Look at everything in a pool. Images that a daemon writes are not opened and counted as `skipped_live`."""
     found = index_module.read(store)
-    result = Result(len(found.volumes), len(found.snapshots), len(found.layers))
+    result = Result(len(found.volumes), len(found.snapshots), len(found.layers), len(found.trash))
     for part in (_records, _references, _markers, _leftovers):
         result.findings += part(store, found)
     live = {
@@ -127,17 +132,22 @@ def _records(store: Store, found: Index) -> Iterator[Finding]:
     unfinished += [(s.id, str(s.state)) for s in found.snapshots.values() if s.state is not SnapshotState.READY]
     for record_id, state in unfinished:
         yield Finding("unfinished", record_id, "", f"state {state}: retry the call, or delete the object")
+    for entry_id, entry in found.trash.items():
+        if entry.trash and entry.trash.state is not TrashState.KEPT:
+            yield Finding("unfinished", entry_id, "", f"{entry.trash.state}: retry that, or leave it to the collector")
     yield from _merges(found)
-    for volume in found.volumes.values():
+    whole = [(v.id, v, v.state is VolumeState.READY) for v in found.volumes.values()]
+    whole += [(entry_id, v, True) for entry_id, v in found.trash.items() if isinstance(v, VolumeRecord)]
+    for record_id, volume, has_chain in whole:
         try:
             store.content(volume)
         except Corrupt as error:
-            yield Finding("unreadable-record", volume.id, str(error).partition(" ")[0], str(error))
-        if volume.state is VolumeState.READY and volume.head in found.layers:
+            yield Finding("unreadable-record", record_id, str(error).partition(" ")[0], str(error))
+        if has_chain and volume.head in found.layers:
             try:
                 chain_of(volume.head, found.layers.get)
             except Corrupt as error:
-                yield Finding("broken-chain", volume.id, "", str(error))
+                yield Finding("broken-chain", record_id, "", str(error))
 
 
 def _merges(found: Index) -> Iterator[Finding]:
@@ -167,6 +177,9 @@ def needed(found: Index) -> Iterator[tuple[str, str, str]]:
             yield snapshot.layer, snapshot_marker(snapshot), snapshot.id
             if snapshot.cache in found.layers:  # without a record it is being made, or will be by the next who wants it
                 yield snapshot.cache, snapshot_marker(snapshot), snapshot.id
+    for entry_id, entry in found.trash.items():
+        if entry.trash and entry.trash.state is TrashState.KEPT:
+            yield layer_of(entry), marker_of(entry), entry_id
     for layer in found.layers.values():
         if layer.parent and layer.state is not LayerState.RETIRED:
             yield layer.parent, child_marker(layer.id), layer.id
@@ -212,7 +225,7 @@ def _leftovers(store: Store, found: Index) -> Iterator[Finding]:
 
 def _stray(found: Index, stray: Stray) -> Finding | None:
     """Judge a file in a shard that is no record."""
-    path = f"{stray.folder}/{stray.shard}/{stray.name}"
+    path = stray.path
     owner, _, ending = stray.name.partition(".")
     if ".json.g" in stray.name:
         return Finding("stale-claim", owner, path, "a change of this record was interrupted")
@@ -226,7 +239,12 @@ def _stray(found: Index, stray: Stray) -> Finding | None:
         volume = found.volumes.get(owner)
         if owner in found.unreadable or (volume and ending == f"content-{volume.uid}"):
             return None
+        entry_id = f"{owner}-{ending.removeprefix('content-')}"
+        if entry_id in found.trash or entry_id in found.unreadable:
+            return None
         return Finding("orphan-file", owner, path, "the volume of this note does not exist")
+    if stray.folder == "trash" and ending.startswith("restore-"):
+        return Finding("unfinished", owner, path, "a restore from the trash was interrupted")
     return Finding("foreign-file", "", path, "not a file of this format")
 
 

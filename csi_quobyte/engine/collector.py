@@ -19,19 +19,20 @@ from dataclasses import dataclass
 
 from csi_quobyte import telemetry
 from csi_quobyte.engine import index as index_module
-from csi_quobyte.engine import layers, merging, removal
+from csi_quobyte.engine import layers, merging, removal, trash
 from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.errors import Busy, DriverError, Exhausted
 from csi_quobyte.host.qemu import QemuTools
+from csi_quobyte.pool import records
 from csi_quobyte.pool.pace import Pace, no_pace
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import (
     LayerState,
-    Marker,
     SnapshotState,
+    TrashState,
     VolumeState,
     is_layer_id,
     parse_marker,
@@ -58,6 +59,8 @@ class Report:
 
     finished_deletes: int = 0
     finished_freezes: int = 0
+    purged: int = 0
+    restored: int = 0
     markers: int = 0
     layers: int = 0
     files: int = 0
@@ -235,6 +238,7 @@ def _sweep(store: Store, pace: Callable[[], None]) -> tuple[Report, Index]:
         report = Report()
         found = index_module.read(store, brief=True, pace=pace)
         _finish_deletes(store, found, report)
+        _empty_trash(store, found, report)
         _finish_freezes(store, found, report)
         _undo_announced(store, found, report)
         if found.unreadable:
@@ -299,6 +303,23 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
                     report.layers += layers.drop_upwards(store, current_snapshot.cache)
 
 
+def _empty_trash(store: Store, found: Index, report: Report) -> None:
+    """Purge what was kept for long enough, and finish the purges and restores that a crash has left."""
+    now = records.now()
+    for entry_id, entry in found.trash.items():
+        state = entry.trash.state if entry.trash else TrashState.KEPT
+        if state is TrashState.KEPT and not trash.is_expired(entry, now):
+            continue
+        with _if_free(store, report):
+            if state is TrashState.RESTORING:
+                trash.go_on_restoring(store, entry_id)
+                report.restored += 1
+                continue
+            report.layers += layers.drop_upwards(store, trash.purge(store, entry_id))
+            report.purged += 1
+            log.info("%s is purged from the trash", entry_id)
+
+
 def _finish_freezes(store: Store, found: Index, report: Report) -> None:
     """Freeze what a crash left unfrozen below a head."""
     for volume in found.volumes.values():
@@ -336,29 +357,11 @@ def _remove_stale_markers(store: Store, found: Index, report: Report, pace: Call
                 continue
             locks = [marker.id] if marker.kind in {"v", "s"} else []
             with _if_free(store, report, *locks) as free:
-                if free and not _is_needed_now(store, layer_id, marker):
+                if free and not index_module.is_needed_now(store, layer_id, marker):
                     log.warning("marker %s on layer %s belongs to nothing and is removed", name, layer_id)
                     store.unmark(layer_id, name)
                     found.refs[layer_id] = [other for other in found.refs[layer_id] if other != name]
                     report.markers += 1
-
-
-def _is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
-    """Say whether the record that a marker names justifies it at this moment."""
-    match marker.kind:
-        case "c":
-            # One of a child with another parent is left by a merge, or a merge is about to need it: see merger. One of
-            # a child without a parent, which never gets one, is left by a copy.
-            child = store.find_layer(marker.id)
-            return child is not None and child.parent is not None
-        case "s":
-            snapshot = store.find_snapshot(marker.id)
-            if snapshot is None or snapshot.uid != marker.uid:
-                return False
-            return layer_id in {snapshot.layer, snapshot.cache}
-        case "v":
-            volume = store.find_volume(marker.id)
-            return volume is not None and volume.uid == marker.uid and volume.head == layer_id
 
 
 def _drop_unreferenced(store: Store, found: Index, report: Report, pace: Callable[[], None]) -> None:
@@ -422,7 +425,12 @@ def _is_orphan(found: Index, stray: Stray, intended: frozenset[str]) -> bool:
         return ending in {"qcow2", "raw", "refs"}
     if stray.folder == "volumes" and ending.startswith("content-"):
         volume = found.volumes.get(owner)
-        return volume is None or ending != f"content-{volume.uid}"
+        is_current = volume is not None and ending == f"content-{volume.uid}"
+        return not is_current and f"{owner}-{ending.removeprefix('content-')}" not in found.trash
+    if stray.folder == "trash":
+        entry = found.trash.get(owner)
+        target = entry.trash.target if entry and entry.trash else None
+        return target is None or ending != f"restore-{target.uid}"
     return False  # not ours: left alone, check reports it
 
 

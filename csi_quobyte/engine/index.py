@@ -17,7 +17,16 @@ from typing import TypeVar
 
 from csi_quobyte.errors import Corrupt
 from csi_quobyte.pool.pace import no_pace
-from csi_quobyte.pool.records import LayerRecord, Marker, SnapshotRecord, VolumeRecord, VolumeState
+from csi_quobyte.pool.records import (
+    Deletable,
+    LayerRecord,
+    Marker,
+    SnapshotRecord,
+    VolumeRecord,
+    VolumeState,
+    layer_of,
+    marker_of,
+)
 from csi_quobyte.pool.store import Store, is_record
 
 T = TypeVar("T")
@@ -30,20 +39,32 @@ _LAYER_FILES = frozenset({"qcow2", "raw", "refs"})
 
 @dataclass(frozen=True, slots=True)
 class Stray:
-    """A file in a shard that is not a record: an image, a refs directory, a content note, a claim, or foreign."""
+    """A file in a shard that is not a record: an image, a refs directory, a content note, a claim, or foreign.
+
+    The trash has no shards; there it is a claim, or a record that is to be published by a restore.
+    """
 
     folder: str
     shard: str
     name: str
 
+    @property
+    def path(self) -> str:
+        """The file, relative to the pool."""
+        return f"{self.folder}/{self.shard}/{self.name}" if self.shard else f"{self.folder}/{self.name}"
+
 
 @dataclass
 class Index:
-    """A pool's contents, complete once `read` has given it; `unreadable` says of a record what is wrong."""
+    """A pool's contents, complete once `read` has given it; `unreadable` says of a record what is wrong.
+
+    `trash` is by the ids of its entries; what is in it needs its layers as before.
+    """
 
     volumes: dict[str, VolumeRecord] = field(default_factory=dict)
     snapshots: dict[str, SnapshotRecord] = field(default_factory=dict)
     layers: dict[str, LayerRecord] = field(default_factory=dict)
+    trash: dict[str, Deletable] = field(default_factory=dict)
     refs: dict[str, list[str]] = field(default_factory=dict)
     strays: list[Stray] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -90,6 +111,7 @@ class Index:
         """Each layer id that a record names as head, snapshot or parent, with the id of what names it."""
         named = {snapshot.layer: snapshot.id for snapshot in self.snapshots.values()}
         named |= {snapshot.cache: snapshot.id for snapshot in self.snapshots.values() if snapshot.cache}
+        named |= {layer_of(entry): entry_id for entry_id, entry in self.trash.items()}
         named |= {layer.parent: layer.id for layer in self.layers.values() if layer.parent}
         named |= {volume.head: volume.id for volume in self.volumes.values()}
         named |= {volume.parent: volume.id for volume in self.volumes.values() if volume.parent}
@@ -102,6 +124,7 @@ class Index:
         held |= {volume.parent for volume in self.volumes.values() if volume.parent}
         held |= {snapshot.layer for snapshot in self.snapshots.values()}
         held |= {snapshot.cache for snapshot in self.snapshots.values() if snapshot.cache}
+        held |= {layer_of(entry) for entry in self.trash.values()}
         return frozenset(held) | self.intended_layers
 
     @cached_property
@@ -111,16 +134,25 @@ class Index:
         return frozenset((merge.parent, merge.child) for merge in noted if merge.parent)
 
     @cached_property
+    def trash_markers(self) -> frozenset[tuple[str, str]]:
+        """The pairs (layer id, marker) that the trash needs; see `markers_of_trashed`."""
+        return frozenset(
+            (layer_of(entry), marker) for entry in self.trash.values() for marker in markers_of_trashed(entry)
+        )
+
+    @cached_property
     def broken_volumes(self) -> frozenset[str]:
         """The ids of volumes whose head has no readable record: nothing that may belong to them is removed."""
         return frozenset(
             volume.id
             for volume in self.volumes.values()
             if not volume.unfinished and volume.state is VolumeState.READY and volume.head not in self.layers
-        )
+        ) | frozenset(entry.id for entry in self.trash.values() if layer_of(entry) not in self.layers)
 
     def needs(self, layer_id: str, marker: Marker) -> bool:
         """Say whether a record justifies a marker on a layer."""
+        if marker.kind != "c" and (layer_id, f"{marker.kind}-{marker.id}-{marker.uid}") in self.trash_markers:
+            return True
         match marker.kind:
             case "c":
                 child = self.layers.get(marker.id)
@@ -158,6 +190,41 @@ class Names:
         self.held |= part.held_layers
 
 
+def markers_of_trashed(entry: Deletable) -> list[str]:
+    """Give the markers that an entry of the trash needs in its layer: its own, and that of what it is restored as."""
+    markers = [marker_of(entry)]
+    if entry.trash and (target := entry.trash.target):
+        markers.append(marker_of(replace(entry, id=target.id, uid=target.uid)))
+    return markers
+
+
+def is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
+    """Say whether the record that a marker names justifies it at this moment.
+
+    An object is looked for in the order in which it moves: what a restore is about to publish, record, trash. It is at
+    the next place before it leaves the one before.
+    """
+    if marker.kind == "c":
+        # One of a child with another parent is left by a merge, or a merge is about to need it: see merger. One of a
+        # child without a parent, which never gets one, is left by a copy.
+        child = store.find_layer(marker.id)
+        return child is not None and child.parent is not None
+    if any(name.endswith(f".restore-{marker.uid}") for name in store.trash_strays()):
+        return True
+    owner = find_owner(store, marker)
+    if isinstance(owner, SnapshotRecord) and owner.trash is None and owner.cache == layer_id:
+        return True
+    return owner is not None and layer_of(owner) == layer_id
+
+
+def find_owner(store: Store, marker: Marker) -> Deletable | None:
+    """Give the volume or snapshot that a marker names, or its entry in the trash; None for another use of its id."""
+    owner = store.find_volume(marker.id) if marker.kind == "v" else store.find_snapshot(marker.id)
+    if owner and owner.uid == marker.uid:
+        return owner
+    return store.find_trashed(marker.owners[-1])
+
+
 def read(store: Store, *, brief: bool = False, pace: Callable[[], None] = no_pace) -> Index:
     """Read all of a pool; `pace` is called between small steps. Damaged records are listed, not raised.
 
@@ -175,27 +242,41 @@ def read(store: Store, *, brief: bool = False, pace: Callable[[], None] = no_pac
         for shard, names in store.listings(folder):
             index.strays += [Stray(folder, shard, name) for name in names if not is_record(name)]
             pace()
+    index.strays += [Stray("trash", "", name) for name in store.trash_strays()]
+    # What is deleted moves from its record to the trash, what is restored the other way, and each is at the new place
+    # before it leaves the old one: so the trash is read before the records and once more after them.
+    for entry_id, entry in _entries(store, store.trash_ids(), index.unreadable, pace):
+        index.trash[entry_id] = _brief_entry(entry) if brief else entry
     for volume_id, volume in _records(store.volume_ids(), store.find_volume, index.unreadable, pace):
         index.volumes[volume_id] = _brief_volume(volume) if brief else volume
     for snapshot_id, snapshot in _records(store.snapshot_ids(), store.find_snapshot, index.unreadable, pace):
         index.snapshots[snapshot_id] = _brief_snapshot(snapshot) if brief else snapshot
+    later = (entry_id for entry_id in store.trash_ids() if entry_id not in index.trash)
+    for entry_id, entry in _entries(store, later, index.unreadable, pace):
+        index.trash[entry_id] = _brief_entry(entry) if brief else entry
     for layer_id, layer in _records(store.layer_ids(), store.find_layer, index.unreadable, pace):
         index.layers[layer_id] = _brief_layer(layer) if brief else layer
     return index
 
 
 def read_names(store: Store, *, pace: Callable[[], None] = no_pace) -> Names:
-    """Read which layers are named now: announcements first, the records that they become after."""
+    """Read which layers are named now: announcements first, the records that they become after; the trash before and
+    after the records, see `read`.
+    """
     found = Names()
     announced = Index()
     for shard, names in store.listings("volumes"):
         announced.strays += [Stray("volumes", shard, name) for name in names if ".new-" in name]
         pace()
     found.add(announced)
+    for entries in _parts(_entries(store, store.trash_ids(), found.unreadable, pace)):
+        found.add(Index(trash=entries))
     for volumes in _parts(_records(store.volume_ids(), store.find_volume, found.unreadable, pace)):
         found.add(Index(volumes=volumes))
     for snapshots in _parts(_records(store.snapshot_ids(), store.find_snapshot, found.unreadable, pace)):
         found.add(Index(snapshots=snapshots))
+    for entries in _parts(_entries(store, store.trash_ids(), found.unreadable, pace)):
+        found.add(Index(trash=entries))
     for layers in _parts(_records(store.layer_ids(), store.find_layer, found.unreadable, pace)):
         found.add(Index(layers=layers))
     return found
@@ -233,6 +314,12 @@ def _records(
         pace()
 
 
+def _entries(
+    store: Store, ids: Iterable[str], unreadable: dict[str, str], pace: Callable[[], None]
+) -> Iterator[tuple[str, Deletable]]:
+    return _records(ids, store.find_trashed, unreadable, pace)
+
+
 def _shared(text: str | None) -> str | None:
     """Give the one copy of an id in memory: several records name the same layer."""
     return sys.intern(text) if text else None
@@ -268,6 +355,10 @@ def _brief_snapshot(snapshot: SnapshotRecord) -> SnapshotRecord:
         kubernetes=_NOTHING,
         nonce="",
     )
+
+
+def _brief_entry(entry: Deletable) -> Deletable:
+    return _brief_volume(entry) if isinstance(entry, VolumeRecord) else _brief_snapshot(entry)
 
 
 def _brief_layer(layer: LayerRecord) -> LayerRecord:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from csi_quobyte.engine import layers
+from csi_quobyte.engine.index import find_owner
 from csi_quobyte.errors import Busy, Refused
 from csi_quobyte.host import jobs, qemu_img
 from csi_quobyte.host.qemu import ImageLayer, QemuTools
@@ -217,8 +218,8 @@ def _is_in_use(store: Store, layer_id: str) -> bool:
                     return True
                 todo.append(marker.id)
             elif marker and marker.kind == "v":
-                volume = store.find_volume(marker.id)
-                if volume and (volume.attachments or is_in_grace(volume)):
+                volume = find_owner(store, marker)
+                if isinstance(volume, VolumeRecord) and (volume.attachments or is_in_grace(volume)):
                     return True
     return False
 

@@ -126,10 +126,16 @@ def _state(found: Index, layer_id: str) -> LayerState:
         raise Uncertain("its refs directory is gone, as of a layer that is being removed")
     markers = [parse_marker(name) for name in names]
     unknown = [name for name, marker in zip(names, markers, strict=True) if marker is None]
-    unknown += [marker.id for marker in markers if marker and marker.kind != "c" and marker.id in found.unreadable]
+    unknown += [
+        marker.id
+        for marker in markers
+        if marker and marker.kind != "c" and not found.unreadable.keys().isdisjoint(marker.owners)
+    ]
     if unknown:
         raise Uncertain(f"{unknown[0]} refers to it, and cannot be read")
     if any(volume.head == layer_id for volume in found.volumes.values() if volume.state is VolumeState.READY):
+        return LayerState.HEAD
+    if any(isinstance(entry, VolumeRecord) and entry.head == layer_id for entry in found.trash.values()):
         return LayerState.HEAD
     if any(marker.kind in {"c", "s"} and found.needs(layer_id, marker) for marker in markers if marker):
         return LayerState.FROZEN

@@ -1,6 +1,7 @@
 """Finishing what a delete has decided: takes a volume or snapshot in state `deleting` away, or undoes an intent.
 
-The decision is one swap of the record to `deleting`; everything here comes after it and can be repeated. It is used
+The decision is one swap of the record to `deleting`, which also says whether the object goes to the trash; everything
+here comes after it and can be repeated. It is used
 by the delete calls themselves, by a create that fails or finds an old object of its name, and by the collector.
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from csi_quobyte.engine import layers
+from csi_quobyte.engine import index, layers, trash
 from csi_quobyte.errors import Corrupt, Exhausted, NotFound, OutOfRange, Refused, Unavailable
 from csi_quobyte.pool.records import (
     SnapshotRecord,
@@ -17,6 +18,7 @@ from csi_quobyte.pool.records import (
     VolumeRecord,
     VolumeState,
     child_marker,
+    parse_marker,
     snapshot_marker,
     volume_marker,
 )
@@ -45,7 +47,9 @@ def undoing() -> Iterator[None]:
 
 
 def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
-    """Take a volume away (its record is swapped to `deleting` first if it is not yet); gives the layer it leaves.
+    """Take a volume away, or move it to the trash; gives the layer it leaves, or would leave.
+
+    Its record is swapped to `deleting` first if it is not yet.
 
     The caller holds the lock of the volume, and of the source while `source_next` is set.
 
@@ -56,7 +60,12 @@ def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
     if volume.attachments:
         raise Refused(f"volume {volume.id} is published to node {volume.attachments[0].node}")
     if volume.state is not VolumeState.DELETING:
-        volume = store.swap(volume, replace(volume, state=VolumeState.DELETING))
+        volume = store.swap(volume, replace(volume, state=VolumeState.DELETING, trash=trash.decide(volume)))
+    trash.finish_restored(store, volume)
+    if volume.trash:
+        _end_freeze(store, volume)
+        store.move_to_trash(volume)
+        return volume.head
     if volume.unfinished:
         if volume.source_next and volume.source and volume.parent:
             _undo_freeze(store, volume.source.id, volume.source_next, parent=volume.parent)
@@ -70,19 +79,35 @@ def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
     return released
 
 
+def _end_freeze(store: Store, volume: VolumeRecord) -> None:
+    """Finish a freeze below the head of a volume that goes to the trash: what it was for is there to be finished, and
+    must not be undone by taking that head away.
+    """
+    try:
+        layers.finish_freeze(store, volume)
+    except Corrupt as error:  # a damaged volume can always be deleted
+        log.error("volume %s goes to the trash with damage: %s", volume.id, error)
+
+
 def remove_snapshot(store: Store, snapshot: SnapshotRecord) -> str:
-    """Take a snapshot away, or undo one that never became ready; gives the layer it leaves. It also leaves its cache.
+    """Take a snapshot away, or move it to the trash, or undo one that never became ready; gives the layer it leaves.
+
+    It also leaves its cache, which is made anew for a restored one.
 
     The caller holds the lock of the snapshot, and of the source volume if the snapshot never became ready.
     """
     if snapshot.state is not SnapshotState.DELETING:
-        snapshot = store.swap(snapshot, replace(snapshot, state=SnapshotState.DELETING))
+        snapshot = store.swap(snapshot, replace(snapshot, state=SnapshotState.DELETING, trash=trash.decide(snapshot)))
+    trash.finish_restored(store, snapshot)
     if snapshot.unfinished and snapshot.next:
         _undo_freeze(store, snapshot.source_volume, snapshot.next, parent=snapshot.layer)
     if snapshot.cache:
         # one that is being filled is given up by whoever fills it; what a crash has left of it belongs to nothing now
         store.unmark(snapshot.cache, snapshot_marker(snapshot))
         store.unmark(snapshot.layer, child_marker(snapshot.cache))
+    if snapshot.trash:
+        store.move_to_trash(snapshot)
+        return snapshot.layer
     store.unmark(snapshot.layer, snapshot_marker(snapshot))
     store.remove(snapshot)
     return snapshot.layer
@@ -106,6 +131,8 @@ def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> 
     markers = store.markers(next_id) or []
     if any(not marker.startswith("v-") for marker in markers):
         return  # the freeze was finished and the volume has moved on since: this layer is part of its chain
+    if any(index.is_needed_now(store, next_id, marker) for marker in map(parse_marker, markers) if marker):
+        return  # it is the head of what the volume has become: in the trash, or restored from there
     if source and source.state is VolumeState.READY:
         store.swap(source, source)
     for marker in markers:

@@ -37,6 +37,7 @@ from csi_quobyte.pool.records import (
     is_layer_id,
     parse_id,
     parse_marker,
+    parse_trash_id,
     same_version,
 )
 from csi_quobyte.pool.store import Store
@@ -254,7 +255,8 @@ def _collect(store: Store, tools: QemuTools) -> DriverError | None:
             for _ in collector.collect(store, tools, merges=False):
                 pass
             folders = [listing for folder in ("volumes", "snapshots", "layers") for listing in store.listings(folder)]
-            if not any(".json.g" in name for _, names in folders for name in names) or time.monotonic() >= deadline:
+            names = [name for _, shard in folders for name in shard] + store.trash_strays()
+            if not any(".json.g" in name for name in names) or time.monotonic() >= deadline:
                 return None
             time.sleep(_PAUSE_S)
     except DriverError as error:
@@ -308,6 +310,8 @@ def _rebuilding(store: Store, found: Index, finding: Finding) -> _Task:
         layer = rebuild_layer(store, found, record_id)
         locks = _direct_users(found, layer)
         return _Task("rebuild-record", _words(layer), locks, lambda: _replace_layer(store, found, layer))
+    if parse_trash_id(record_id):
+        raise Uncertain("it is in the trash: csi-quobyte trash purge removes it")
     if (parsed := parse_id(record_id)) and parsed.kind == "snap":
         snapshot = rebuild_snapshot(store, found, record_id)
         locks = frozenset({record_id, snapshot.source_volume})
@@ -488,9 +492,9 @@ def _users(found: Index, layer_id: str) -> _Users:
     for layer in above:
         markers = [marker for marker in map(parse_marker, found.refs.get(layer, [])) if marker]
         owners = {marker.id for marker in markers if marker.kind != "c"}
+        users.unknown |= {owner for marker in markers for owner in marker.owners} & found.unreadable.keys()
         # a child without a record is a reader's marker, or of a layer that is being made
         users.unknown |= {marker.id for marker in markers if marker.kind == "c"} - found.layers.keys()
-        users.unknown |= owners & found.unreadable.keys()
         users.volumes |= owners & found.volumes.keys()
         users.snapshots |= owners & found.snapshots.keys()
     for volume in found.volumes.values():

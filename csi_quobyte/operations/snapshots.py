@@ -15,7 +15,9 @@ from csi_quobyte.engine.removal import Release
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, Exhausted, NotFound, Refused
 from csi_quobyte.pool import records
 from csi_quobyte.pool.records import (
+    DEFAULT_TRASH_RETENTION_S,
     LayerState,
+    OnDelete,
     SnapshotRecord,
     SnapshotState,
     snapshot_marker,
@@ -33,6 +35,8 @@ class SnapshotRequest:
 
     name: str
     source_volume: str
+    on_delete: OnDelete = "delete"
+    trash_retention_s: int = DEFAULT_TRASH_RETENTION_S
     kubernetes: dict[str, str]
 
 
@@ -71,6 +75,11 @@ def create(store: Store, request: SnapshotRequest, release: Release) -> Snapshot
 def _check_same_request(snapshot: SnapshotRecord, request: SnapshotRequest) -> None:
     if snapshot.source_volume != request.source_volume:
         raise AlreadyExists(f"snapshot {request.name!r} exists: it is one of volume {snapshot.source_volume}")
+    has, wants = ((one.on_delete, one.trash_retention_s) for one in (snapshot, request))
+    if has != wants:
+        raise AlreadyExists(
+            f"snapshot {request.name!r} exists: onDelete is {has[0]} ({has[1]} s), asked for {wants[0]} ({wants[1]} s)"
+        )
 
 
 def _is_outdated(store: Store, snapshot: SnapshotRecord) -> bool:
@@ -119,6 +128,8 @@ def _write_intent(store: Store, snapshot_id: str, request: SnapshotRequest) -> S
             size_bytes=volume.size_bytes,
             content=store.content(volume),
             created_at=records.now(),
+            on_delete=request.on_delete,
+            trash_retention_s=request.trash_retention_s,
             kubernetes=request.kubernetes,
         ),
         sync=False,  # see volumes: an intent need not outlive a power cut
@@ -158,7 +169,7 @@ def _check_unchanged(store: Store, intent: SnapshotRecord) -> None:
 
 
 def delete(store: Store, snapshot_id: str, release: Release) -> None:
-    """Delete a snapshot; gone already is success. Volumes restored from it are not concerned.
+    """Delete a snapshot, or move it to the trash; gone already is success. Volumes restored from it are not concerned.
 
     Raises:
         Busy: another operation on it, or on the source of an unfinished one, is running.

@@ -32,6 +32,7 @@ from csi_quobyte.operations.capacity import Provisioned, check_fits
 from csi_quobyte.pool import records
 from csi_quobyte.pool.chain import chain_of
 from csi_quobyte.pool.records import (
+    DEFAULT_TRASH_RETENTION_S,
     AccessType,
     Attachment,
     CloneMode,
@@ -39,6 +40,7 @@ from csi_quobyte.pool.records import (
     DataPath,
     ImageFormat,
     LayerState,
+    OnDelete,
     Preallocation,
     SnapshotState,
     Source,
@@ -75,6 +77,8 @@ class CreateRequest:
     source: Source | None
     clone_mode: CloneMode = "overlay"
     minimum_bytes: int = GRANULARITY_BYTES
+    on_delete: OnDelete = "delete"
+    trash_retention_s: int = DEFAULT_TRASH_RETENTION_S
     kubernetes: dict[str, str]
 
 
@@ -239,6 +243,8 @@ def _plan(store: Store, volume_id: str, request: CreateRequest, base: _Base, pro
         parent=base.parent,
         source_next=base.source_next,
         inherited_content=base.content,
+        on_delete=request.on_delete,
+        trash_retention_s=request.trash_retention_s,
         kubernetes=request.kubernetes,
     )
 
@@ -405,6 +411,9 @@ def check_same_request(volume: VolumeRecord, request: CreateRequest) -> None:
         "mkfsOptions": (" ".join(volume.mkfs_options), " ".join(request.mkfs_options)),
         "source": (volume.source, request.source),
         "cloneMode": (volume.clone_mode, request.clone_mode),
+        # a class that promises a way back must not be answered with a volume that has none
+        "onDelete": (volume.on_delete, request.on_delete),
+        "seconds of trashRetention": (volume.trash_retention_s, request.trash_retention_s),
     }
     differing = [f"{what} is {has}, asked for {wants}" for what, (has, wants) in pairs.items() if has != wants]
     if not request.size.accepts(volume.size_bytes):
@@ -417,7 +426,8 @@ def check_same_request(volume: VolumeRecord, request: CreateRequest) -> None:
 
 
 def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Release, copies: Copies) -> None:
-    """Delete a volume; gone already is success. Its layers are left to the collector through `release`.
+    """Delete a volume, or move it to the trash; gone already is success. Its layers are left to the collector through
+    `release`.
 
     Snapshots and clones made from it stay whole: their own markers keep the layers that they need.
 

@@ -31,8 +31,12 @@ Preallocation = Literal["off", "metadata", "falloc"]
 DataPath = Literal["auto", "nbd", "fuse", "loop"]
 AccessType = Literal["mount", "block"]
 CloneMode = Literal["overlay", "cache", "copy"]
+OnDelete = Literal["delete", "retain", "trash"]
+
+DEFAULT_TRASH_RETENTION_S = 24 * 3600
 
 _RECORD_ID = re.compile(r"([0-9a-f]{8})-(vol|snap)-([0-9a-f]{32})")
+_UID = re.compile(r"[0-9a-f]{8}")
 _LAYER_ID = re.compile(r"[0-9a-f]{24}")
 
 
@@ -50,6 +54,16 @@ class SnapshotState(StrEnum):
     CREATING = "creating"
     READY = "ready"
     DELETING = "deleting"
+
+
+class TrashState(StrEnum):
+    """kept: until it is restored or purged; restoring: `target` of its Trash says as what; purging: not to be had any
+    more.
+    """
+
+    KEPT = "kept"
+    RESTORING = "restoring"
+    PURGING = "purging"
 
 
 class LayerState(StrEnum):
@@ -96,6 +110,27 @@ class Attachment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Incarnation:
+    """One use of an id."""
+
+    id: str
+    uid: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trash:
+    """What becomes of a deleted object that is kept: written together with the decision to delete it.
+
+    `expires_at` None: it is kept until somebody decides. `target` is set while it is being restored.
+    """
+
+    deleted_at: datetime
+    expires_at: datetime | None
+    state: TrashState = TrashState.KEPT
+    target: Incarnation | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VolumeRecord:
     """A volume.
 
@@ -103,6 +138,10 @@ class VolumeRecord:
     what its head was to lie on (or, with the clone mode copy, what is copied into it) and what the source volume's new
     head was to be. `pinned` is true while a copy is made: its marker is in `parent`, and was there in time.
     `detached_at`: when an attachment was last taken away.
+
+    `on_delete` and `trash_retention_s` are its class's choice; `trash` is set in state `deleting` when it is kept, and
+    the record then moves to trash/ as it is. `restored_from` names the trash entry that it was restored from, which
+    may still be there as long as this record is.
     """
 
     id: str
@@ -128,6 +167,10 @@ class VolumeRecord:
     attach_generation: int = 0
     attachments: tuple[Attachment, ...] = ()
     detached_at: datetime | None = None
+    on_delete: OnDelete = "delete"
+    trash_retention_s: int = DEFAULT_TRASH_RETENTION_S
+    trash: Trash | None = None
+    restored_from: str | None = None
     kubernetes: dict[str, str] = field(default_factory=dict)
     kind: Literal["volume"] = "volume"
     generation: int = 0
@@ -141,6 +184,7 @@ class SnapshotRecord:
     `next` is None when the source's head was an overlay that nothing was ever written to: then `layer` is the
     frozen layer below it and nothing has to be frozen. `unfinished` is true until it was ready once. `cache`: a layer
     that is made, or may be under way, as a copy of all that the snapshot shows, for the volumes that lie on it.
+    `on_delete`, `trash_retention_s`, `trash` and `restored_from`: as of a volume.
     """
 
     id: str
@@ -155,6 +199,10 @@ class SnapshotRecord:
     created_at: datetime
     unfinished: bool = True
     cache: str | None = None
+    on_delete: OnDelete = "delete"
+    trash_retention_s: int = DEFAULT_TRASH_RETENTION_S
+    trash: Trash | None = None
+    restored_from: str | None = None
     kubernetes: dict[str, str] = field(default_factory=dict)
     kind: Literal["snapshot"] = "snapshot"
     generation: int = 0
@@ -286,7 +334,9 @@ class Sized:
 
 
 Record = VolumeRecord | SnapshotRecord | LayerRecord | NodeRecord | LeaseRecord
-R = TypeVar("R", VolumeRecord, SnapshotRecord, LayerRecord, NodeRecord, LeaseRecord)
+R = TypeVar("R", bound=Record)
+# What users name and delete; an entry of the trash is such a record, as it was when it was deleted.
+Deletable = VolumeRecord | SnapshotRecord
 D = TypeVar("D")
 
 _ADAPTERS: dict[type, TypeAdapter[object]] = {
@@ -398,6 +448,18 @@ def is_layer_id(text: str) -> bool:
     return _LAYER_ID.fullmatch(text) is not None
 
 
+def trash_id(record: Deletable) -> str:
+    """The id that a deleted object has in the trash: its name may be in use again, so its uid belongs to it."""
+    return f"{record.id}-{record.uid}"
+
+
+def parse_trash_id(text: str) -> tuple[RecordId, Incarnation] | None:
+    """Take the id of a trash entry apart; None when it cannot be one."""
+    record_id, _, uid = text.rpartition("-")
+    parsed = parse_id(record_id)
+    return (parsed, Incarnation(id=record_id, uid=uid)) if parsed and _UID.fullmatch(uid) else None
+
+
 # --- markers ---------------------------------------------------------------------------------------------------
 
 
@@ -407,6 +469,11 @@ class Marker(NamedTuple):
     kind: Literal["c", "v", "s"]
     id: str
     uid: str
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The ids that the record may have that has made it: a layer's, or an object's and its entry's in the trash."""
+        return (self.id,) if self.kind == "c" else (self.id, f"{self.id}-{self.uid}")
 
 
 def child_marker(layer_id: str) -> str:
@@ -422,6 +489,16 @@ def volume_marker(volume: VolumeRecord) -> str:
 def snapshot_marker(snapshot: SnapshotRecord) -> str:
     """The marker that a snapshot puts into its layer's refs."""
     return f"s-{snapshot.id}-{snapshot.uid}"
+
+
+def layer_of(record: Deletable) -> str:
+    """The layer that a volume or snapshot refers to itself: the head, or what the snapshot shows."""
+    return record.head if isinstance(record, VolumeRecord) else record.layer
+
+
+def marker_of(record: Deletable) -> str:
+    """The marker that a volume or snapshot has in the layer that it refers to."""
+    return volume_marker(record) if isinstance(record, VolumeRecord) else snapshot_marker(record)
 
 
 def parse_marker(text: str) -> Marker | None:

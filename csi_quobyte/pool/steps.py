@@ -208,9 +208,11 @@ class Steps:
             os.rename(path, name)
             self.sync(os.path.dirname(name))
 
-    def unlink(self, path: str) -> bool:
-        """Remove a name durably; False when it was gone already."""
+    def unlink(self, path: str, *, only_if: Callable[[], bool] | None = None) -> bool:
+        """Remove a name durably; False when it was gone already, or when `only_if`, asked right before, says no."""
         self._note("unlink", path)
+        if only_if and not only_if():
+            return False
         with translated(path):
             try:
                 os.unlink(path)

@@ -3,6 +3,7 @@
     format.json  lock  collector.json  tmp/  reserve/  nodes/<digest>.json
     volumes/<2 hex>/<id>.json            and <id>.content-<uid> (written by the node that has it attached)
     snapshots/<2 hex>/<id>.json
+    trash/<id>-<uid>.json                and <id>-<uid>.restore-<uid> (a record that is to be published)
     layers/<2 hex>/<id>.json  <id>.<format>  <id>.refs/<marker>
 
 Always true, whatever dies (docs/format.md has the steps): a record is complete or absent; an image or a record is
@@ -22,11 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from csi_quobyte.errors import Busy, Corrupt, NotFound, Refused, Unavailable
+from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, NotFound, Refused, Unavailable
 from csi_quobyte.pool import records
 from csi_quobyte.pool.locks import Locks, is_written_by_qemu, try_lock
 from csi_quobyte.pool.records import (
     Content,
+    Deletable,
     LayerRecord,
     LayerState,
     LeaseRecord,
@@ -39,20 +41,21 @@ from csi_quobyte.pool.records import (
     R,
     SnapshotRecord,
     VolumeRecord,
+    trash_id,
 )
 from csi_quobyte.pool.steps import Observer, Ownership, Steps, translated, write_all, write_whole
 
 D = TypeVar("D")
 log = logging.getLogger(__name__)
 
-_KINDS = {"volumes": VolumeRecord, "snapshots": SnapshotRecord, "layers": LayerRecord}
 SHARDS = tuple(f"{number:02x}" for number in range(256))
 _SHARDED = ("volumes", "snapshots", "layers")
-_PLAIN = ("tmp", "reserve", "nodes")
+_PLAIN = ("tmp", "reserve", "nodes", "trash")
 _SHARD = re.compile(r"[0-9a-f]{2}")
 _TEMPORARY = re.compile(r"(init|[0-9a-f]{16})\.[0-9a-f]{12}")
 _RESERVE = re.compile(r"[0-9a-f]{32}")
 _NODE = re.compile(r"[0-9a-f]{32}\.json")
+_TRASH = re.compile(r"[0-9a-f]{8}-(vol|snap)-[0-9a-f]{32}-[0-9a-f]{8}\.(json(\.g[0-9]+)?|restore-[0-9a-f]{8})")
 _LEASE_CLAIM = re.compile(rf"{records.LEASE_ID}\.json\.g[0-9]+")
 _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
@@ -219,6 +222,7 @@ class Prepared(Generic[R]):
     old: R
     following: R
     temporary: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -535,7 +539,7 @@ class Store:
         Raises:
             Busy: the record is no longer what was read, or another writer is in the middle of it.
         """
-        return self.commit(self._prepare(old, new, sync=True))
+        return self.commit(self._prepare(old, new, self._path_of(old), sync=True))
 
     @contextmanager
     def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
@@ -543,7 +547,7 @@ class Store:
 
         Inside the block, `make_layer` makes it durable and `commit` takes it over; without that it is forgotten.
         """
-        prepared = self._prepare(old, new, sync=False)
+        prepared = self._prepare(old, new, self._path_of(old), sync=False)
         try:
             yield prepared
         finally:
@@ -551,23 +555,22 @@ class Store:
 
     def commit(self, prepared: "Prepared[R]") -> R:
         """Do the swap of a record that was prepared and that has been made durable; see `swap`."""
-        path = self._path_of(prepared.old)
         try:
-            claim = self._claim(prepared.temporary, path, prepared.old)
+            claim = self._claim(prepared.temporary, prepared.path, prepared.old)
         finally:
             self._steps.discard(prepared.temporary)
         try:
-            self._steps.rename(claim, path)
+            self._steps.rename(claim, prepared.path)
         except FileNotFoundError as error:
             raise Busy(f"{prepared.old.id}: this change was overtaken") from error
         return prepared.following
 
-    def _prepare(self, old: R, new: R, *, sync: bool) -> "Prepared[R]":
+    def _prepare(self, old: R, new: R, path: str, *, sync: bool) -> "Prepared[R]":
         following = records.next_version(new, of=old)
         temporary = self._steps.write_temporary(
             lambda fd: write_whole(fd, records.encode(following)), reserve=self._reserve_file, sync=sync
         )
-        return Prepared(old, following, temporary)
+        return Prepared(old, following, temporary, path)
 
     def remove(self, record: records.Record) -> None:
         """Remove a record, as it was read; gone already is success. Durable on return.
@@ -577,11 +580,26 @@ class Store:
         Raises:
             Busy: the record is no longer what was read.
         """
-        path = self._path_of(record)
+        self._remove(record, self._path_of(record))
+
+    def _remove(self, record: records.Record, path: str, *, keep_as: str | None = None) -> None:
+        """Remove the record at a path, as it was read, after it was given a second name if it is to be kept."""
         if _read(path) is None:
             return
         claim = self._claim(path, path, record)
-        self._steps.unlink(path)
+        if keep_as:
+            try:
+                # From the claim, not from the path: where another process has dropped it and gone on, nothing is
+                # published late.
+                self._steps.link(claim, keep_as)
+            except FileExistsError:
+                pass  # an earlier attempt has come so far
+            except FileNotFoundError as error:
+                raise Busy(f"{record.id} was changed by another operation") from error
+        # A process that was stopped for so long that its claim counts as a dead one's must not remove what others have
+        # put there since. (What it cannot know is how long the removal itself is under way to the pool.)
+        if not self._steps.unlink(path, only_if=lambda: _read(claim) == _read(path)):
+            raise Busy(f"{record.id} was changed by another operation")
         self._steps.discard(claim)
 
     def _claim(self, content: str, path: str, old: records.Record) -> str:
@@ -645,16 +663,115 @@ class Store:
         else:
             self._steps.discard(claim)
 
+    # --- trash -------------------------------------------------------------------------------------------------
+
+    def _trash_path(self, entry_id: str) -> str:
+        return f"{self.root}/trash/{entry_id}.json"
+
+    def _restore_path(self, entry: Deletable, uid: str) -> str:
+        return f"{self.root}/trash/{trash_id(entry)}.restore-{uid}"
+
+    def trash_ids(self) -> Iterator[str]:
+        """Give the ids of everything in the trash, in ascending order."""
+        names = _names(f"{self.root}/trash")
+        yield from (name.removesuffix(".json") for name in names if is_record(name) and _TRASH.fullmatch(name))
+
+    def find_trashed(self, entry_id: str) -> Deletable | None:
+        """Give an entry of the trash: the record of what was deleted; None when there is none.
+
+        Raises:
+            Corrupt: it cannot be read.
+        """
+        parsed = records.parse_trash_id(entry_id)
+        if parsed is None:
+            return None
+        path = self._trash_path(entry_id)
+        return self._find(VolumeRecord, path) if parsed[0].kind == "vol" else self._find(SnapshotRecord, path)
+
+    def move_to_trash(self, record: Deletable) -> None:
+        """Move a record, as it was read, to the trash; gone already is success. Durable on return.
+
+        The record's own file gets its second name while its claim is held. So an entry can only come from a record
+        that is still there: never again after it was restored or purged.
+
+        Raises:
+            Busy: the record is no longer what was read.
+        """
+        self._remove(record, self._path_of(record), keep_as=self._trash_path(trash_id(record)))
+
+    def swap_trashed(self, old: Deletable, new: Deletable) -> Deletable:
+        """Change an entry of the trash by compare-and-set, as `swap` does a record."""
+        return self.commit(self._prepare(old, new, self._trash_path(trash_id(old)), sync=True))
+
+    def remove_trashed(self, entry: Deletable) -> None:
+        """Remove an entry of the trash, as it was read; gone already is success.
+
+        Raises:
+            Busy: it is no longer what was read.
+        """
+        self._remove(entry, self._trash_path(trash_id(entry)))
+
+    def remove_damaged_trashed(self, entry_id: str) -> None:
+        """Remove an entry that cannot be read, at the explicit wish to purge it."""
+        self._steps.unlink(self._trash_path(entry_id))
+
+    def begin_restore(self, entry: Deletable, restored: Deletable) -> None:
+        """Write down, durably, the record that is to be published when `entry` is restored. It says nothing yet.
+
+        Raises:
+            Busy: the collector took it for one that nobody needs any more.
+        """
+        path = self._restore_path(entry, restored.uid)
+        self._steps.begin(path, records.encode(records.next_version(restored)))
+        try:
+            self._steps.sync_all([path, os.path.dirname(path)])
+        except FileNotFoundError as error:
+            raise Busy(f"another operation on {trash_id(entry)} is running") from error
+
+    def publish_restored(self, entry: Deletable, restored: records.Incarnation) -> None:
+        """Give the record that `begin_restore` has written its name, durably.
+
+        Raises:
+            AlreadyExists: the name is taken.
+            Busy: another operation has finished this or given it up.
+        """
+        folder = "volumes" if isinstance(entry, VolumeRecord) else "snapshots"
+        try:
+            self._steps.link(self._restore_path(entry, restored.uid), self._record_path(folder, restored.id))
+        except FileExistsError as error:
+            raise AlreadyExists(f"{restored.id} exists") from error
+        except FileNotFoundError as error:
+            raise Busy(f"{trash_id(entry)} was restored, or given up, by another operation") from error
+
+    def revoke_restore(self, entry: Deletable, uid: str) -> None:
+        """Take away what `begin_restore` has written, durably; gone already is success.
+
+        From then on nobody can publish it any more; what was published before can be seen.
+        """
+        self._steps.unlink(self._restore_path(entry, uid))
+
+    def trash_strays(self) -> list[str]:
+        """Give the names of the files in the trash that are not its entries' own."""
+        names = _names(f"{self.root}/trash")
+        return [name for name in names if _TRASH.fullmatch(name) and not is_record(name)]
+
+    # --- damage ------------------------------------------------------------------------------------------------
+
     def is_damaged(self, folder: str, record_id: str) -> bool:
         """Say whether a record cannot be read, looking at it three times over two seconds.
 
         A reader whose client has an old length of the file cached sees a changed record cut off, for about a second.
         """
-        path = self._record_path(folder, record_id)
+        finders: dict[str, Callable[[str], object]] = {
+            "volumes": self.find_volume,
+            "snapshots": self.find_snapshot,
+            "layers": self.find_layer,
+            "trash": self.find_trashed,
+        }
         for pause_s in (0.0, _REREAD_PAUSE_S, _REREAD_PAUSE_S):
             time.sleep(pause_s)
             try:
-                self._find(_KINDS[folder], path)
+                finders[folder](record_id)
             except Corrupt:
                 continue
             return False
@@ -921,7 +1038,7 @@ class Store:
         """Name what lies outside of the shards and is not of this format; nothing of it is ever touched."""
         known = {*_SHARDED, *_PLAIN, "lock", "format.json", f"{records.LEASE_ID}.json", "lost+found"}
         foreign = [name for name in _names(self.root) if name not in known and not _LEASE_CLAIM.fullmatch(name)]
-        for folder, form in (("tmp", _TEMPORARY), ("reserve", _RESERVE), ("nodes", _NODE)):
+        for folder, form in (("tmp", _TEMPORARY), ("reserve", _RESERVE), ("nodes", _NODE), ("trash", _TRASH)):
             foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not form.fullmatch(name)]
         for folder in _SHARDED:
             foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not _SHARD.fullmatch(name)]
@@ -1031,7 +1148,7 @@ class Store:
 
         Says whether it did that; the record may have changed then.
         """
-        directory = f"{self.root}/{folder}/{shard}"
+        directory = f"{self.root}/{folder}/{shard}".rstrip("/")  # the trash has no shards
         return self._resolve_claim(f"{directory}/{name.rpartition('.g')[0]}", f"{directory}/{name}")
 
     def discard_stray(self, folder: str, shard: str, name: str) -> None:

@@ -174,6 +174,8 @@ def create_request(
         source=source,
         clone_mode=given.clone_mode,
         minimum_bytes=minimum_bytes,
+        on_delete=given.on_delete,
+        trash_retention_s=given.trash_retention_s,
         kubernetes=given.kubernetes,
     )
 
@@ -234,10 +236,13 @@ def snapshot_request(request: csi.CreateSnapshotRequest) -> SnapshotRequest:
     Raises:
         InvalidArgument: something is wrong with it.
     """
+    given = parameters.snapshot_parameters(request.parameters)
     return SnapshotRequest(
         name=name(request.name, "snapshot"),
         source_volume=required(request.source_volume_id, "the id of the source volume"),
-        kubernetes=parameters.snapshot_parameters(request.parameters),
+        on_delete=given.on_delete,
+        trash_retention_s=given.trash_retention_s,
+        kubernetes=given.kubernetes,
     )
 
 

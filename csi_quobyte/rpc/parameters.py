@@ -1,12 +1,20 @@
 """The parameters of a StorageClass and of a VolumeSnapshotClass: one table, from which checks and docs are made."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from csi_quobyte.errors import InvalidArgument
 from csi_quobyte.host.filesystem import check_mkfs_options
-from csi_quobyte.pool.records import CloneMode, DataPath, ImageFormat, Preallocation
+from csi_quobyte.pool.records import (
+    DEFAULT_TRASH_RETENTION_S,
+    CloneMode,
+    DataPath,
+    ImageFormat,
+    OnDelete,
+    Preallocation,
+)
 
 KUBERNETES_PREFIX = "csi.storage.k8s.io/"
 FSTYPE = f"{KUBERNETES_PREFIX}fstype"
@@ -22,6 +30,20 @@ class Parameter:
     meaning: str
 
 
+ON_DELETE = Parameter(
+    "onDelete",
+    ("delete", "retain", "trash"),
+    "delete",
+    "What becomes of what is deleted. delete: it is gone; trash: `csi-quobyte trash restore` brings it back until "
+    "`trashRetention` is over; retain: the same without an end, until it is restored or `csi-quobyte trash purge`d.",
+)
+TRASH_RETENTION = Parameter(
+    "trashRetention",
+    (),
+    "24h",
+    "How long the trash keeps it: a whole number with `s`, `m`, `h` or `d`, such as 24h or 7d, at most 3650d. Needs "
+    "`onDelete: trash`.",
+)
 VOLUME_PARAMETERS = (
     Parameter("pool", (), "the only pool", "Name of the pool (`--pool NAME=PATH`); needed when there are several."),
     Parameter(
@@ -57,10 +79,12 @@ VOLUME_PARAMETERS = (
         "claim is pending.",
     ),
     Parameter("mkfsOptions", (), "", "Further options for mkfs, from the allow-list of the file system."),
+    ON_DELETE,
+    TRASH_RETENTION,
     Parameter(FSTYPE, ("ext4", "xfs"), "ext4", "File system of the volume. One with a source has the source's."),
 )
-RESERVED_VOLUME_PARAMETERS = ("sourceImage", "crashPolicy", "onDelete", "evictOnFailure")
-SNAPSHOT_PARAMETERS: tuple[Parameter, ...] = ()
+RESERVED_VOLUME_PARAMETERS = ("sourceImage", "crashPolicy", "evictOnFailure")
+SNAPSHOT_PARAMETERS = (ON_DELETE, TRASH_RETENTION)
 RESERVED_SNAPSHOT_PARAMETERS = ("fsfreeze",)
 
 
@@ -75,6 +99,17 @@ class VolumeParameters:
     clone_mode: CloneMode
     mkfs_options: str
     filesystem: str
+    on_delete: OnDelete
+    trash_retention_s: int
+    kubernetes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SnapshotParameters:
+    """The checked parameters of a VolumeSnapshotClass."""
+
+    on_delete: OnDelete
+    trash_retention_s: int
     kubernetes: dict[str, str]
 
 
@@ -103,18 +138,46 @@ def volume_parameters(given: Mapping[str, str]) -> VolumeParameters:
         clone_mode=cast(CloneMode, _choice(given, "cloneMode")),
         mkfs_options=given.get("mkfsOptions", ""),
         filesystem=given.get(FSTYPE, ""),
+        on_delete=cast(OnDelete, _choice(given, "onDelete")),
+        trash_retention_s=_retention_s(given),
         kubernetes=_kubernetes(given),
     )
 
 
-def snapshot_parameters(given: Mapping[str, str]) -> dict[str, str]:
-    """Read the parameters of a VolumeSnapshotClass and give what Kubernetes added to them.
+def snapshot_parameters(given: Mapping[str, str]) -> SnapshotParameters:
+    """Read the parameters of a VolumeSnapshotClass.
 
     Raises:
-        InvalidArgument: an unknown or reserved key.
+        InvalidArgument: as for `volume_parameters`.
     """
     _check_keys(given, SNAPSHOT_PARAMETERS, RESERVED_SNAPSHOT_PARAMETERS)
-    return _kubernetes(given)
+    return SnapshotParameters(
+        on_delete=cast(OnDelete, _choice(given, "onDelete")),
+        trash_retention_s=_retention_s(given),
+        kubernetes=_kubernetes(given),
+    )
+
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LONGEST_RETENTION_S = 3650 * 86400
+
+
+def _retention_s(given: Mapping[str, str]) -> int:
+    """Read how long the trash keeps what was deleted, in seconds.
+
+    Raises:
+        InvalidArgument: it is no such time, or nothing goes to the trash.
+    """
+    text = given.get("trashRetention")
+    if text is None:
+        return DEFAULT_TRASH_RETENTION_S
+    if given.get("onDelete") != "trash":
+        raise InvalidArgument("trashRetention needs onDelete trash; what is retained is kept without an end")
+    found = re.fullmatch(r"([0-9]{1,10})([smhd])", text)
+    seconds = int(found[1]) * _UNITS_S[found[2]] if found else 0
+    if not 0 < seconds <= _LONGEST_RETENTION_S:
+        raise InvalidArgument(f"trashRetention {text!r} is not a time such as 24h or 7d, of at most 3650d")
+    return seconds
 
 
 def mkfs_options(filesystem: str, text: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from csi_quobyte.engine import check as check_module
-from csi_quobyte.engine import collector, copying, index, merging
+from csi_quobyte.engine import collector, copying, index, merging, trash
 from csi_quobyte.engine.merger import end_begun, work_in
 from csi_quobyte.errors import Busy
 from csi_quobyte.host import qemu, qemu_img
@@ -172,12 +172,29 @@ class Kit:
     def delete(self, name: str) -> None:
         volumes.delete(self.store, self.volume_id(name), self.provisioned, self.released.append, self.copies)
 
-    def snapshot(self, name: str, of: str) -> SnapshotRecord:
+    def snapshot(self, name: str, of: str, **changes: object) -> SnapshotRecord:
         request = SnapshotRequest(name=name, source_volume=self.volume_id(of), kubernetes={})
-        return snapshots.create(self.store, request, self.released.append)
+        changed = replace(request, **changes)  # type: ignore[arg-type]
+        return snapshots.create(self.store, changed, self.released.append)
 
     def delete_snapshot(self, name: str) -> None:
         snapshots.delete(self.store, self.snapshot_id(name), self.released.append)
+
+    # --- trash -------------------------------------------------------------------------------------------------
+
+    def trashed(self, name: str) -> str:
+        """The id of the one entry of the trash that was deleted under a CSI name."""
+        found = [entry for entry in map(self.store.find_trashed, self.store.trash_ids()) if entry]
+        (entry_id,) = [records.trash_id(entry) for entry in found if entry.name == name]
+        return entry_id
+
+    def restore(self, entry_id: str, name: str = "") -> records.Deletable:
+        return trash.restore(self.store, entry_id, name)
+
+    def purge(self, entry_id: str) -> None:
+        self.released.append(trash.purge(self.store, entry_id))
+
+    # --- nodes and sizes ---------------------------------------------------------------------------------------
 
     def add_node(self, node: str = NODE) -> None:
         self.store.put_node(NodeRecord(id=node, driver_version="test", started_at=records.now()))
@@ -287,9 +304,9 @@ class Kit:
             assert time.monotonic() < deadline, f"the collector does not come to rest: {self.findings()}"
 
     def delete_everything(self, timeout_s: float = 10.0) -> None:
-        """Delete all volumes and snapshots through the operations, and let the collector end."""
+        """Delete all volumes and snapshots through the operations, empty the trash, and let the collector end."""
         deadline = time.monotonic() + timeout_s
-        while ids := [*self.store.volume_ids(), *self.store.snapshot_ids()]:
+        while ids := [*self.store.volume_ids(), *self.store.snapshot_ids(), *self.store.trash_ids()]:
             for record_id in ids:
                 try:
                     self._delete_id(record_id)
@@ -298,6 +315,12 @@ class Kit:
         self.sweep_until_quiet()
 
     def _delete_id(self, record_id: str) -> None:
+        if records.parse_trash_id(record_id):
+            if entry := self.store.find_trashed(record_id):
+                trash.go_on_restoring(self.store, record_id)
+                if self.store.find_trashed(record_id) == entry:
+                    self.purge(record_id)
+            return
         if "-snap-" in record_id:
             snapshots.delete(self.store, record_id, self.released.append)
             return

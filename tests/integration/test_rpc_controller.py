@@ -165,7 +165,7 @@ def test_capabilities_that_are_not_supported(calls: Client) -> None:
 
 def test_parameters_that_are_unknown_or_reserved_are_refused_and_the_known_ones_listed(calls: Client) -> None:
     known = ("pool", "volumeFormat", "preallocation", "dataPath", "mkfsOptions")
-    for key in ("colour", "VolumeFormat", "volumeformat", "sourceImage", "crashPolicy", "onDelete"):
+    for key in ("colour", "VolumeFormat", "volumeformat", "sourceImage", "crashPolicy"):
         details = fails(Code.INVALID_ARGUMENT, calls.create, "bad", pool="main", **{key: "x"}, saying=key)
         assert all(name in details for name in known)
     fails(Code.INVALID_ARGUMENT, calls.create, "bad", pool="main", evictOnFailure="true", saying="evictOnFailure")
@@ -192,6 +192,13 @@ def test_parameters_that_are_unknown_or_reserved_are_refused_and_the_known_ones_
         ({"csi.storage.k8s.io/fstype": "ntfs"}, "ext4, xfs"),
         ({"mkfsOptions": "-d /dev/sda"}, "not allowed for ext4"),
         ({"mkfsOptions": "-L 'unbalanced"}, "mkfsOptions"),
+        ({"onDelete": "archive"}, "delete, retain, trash"),
+        ({"trashRetention": "24h"}, "needs onDelete trash"),
+        ({"onDelete": "retain", "trashRetention": "24h"}, "needs onDelete trash"),
+        ({"onDelete": "trash", "trashRetention": "0h"}, "24h or 7d"),
+        ({"onDelete": "trash", "trashRetention": "-1h"}, "24h or 7d"),
+        ({"onDelete": "trash", "trashRetention": "24"}, "24h or 7d"),
+        ({"onDelete": "trash", "trashRetention": "3651d"}, "at most 3650d"),
     ],
 )
 def test_S17_parameters_that_contradict_each_other(calls: Client, parameters: Parameters, saying: str) -> None:

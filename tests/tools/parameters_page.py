@@ -60,8 +60,11 @@ EXAMPLE_PARAMETERS = {
     "dataPath": "auto",
     "cloneMode": "overlay",
     "mkfsOptions": "-m 1 -i 65536",
+    "onDelete": "trash",
+    "trashRetention": "7d",
     FSTYPE: "ext4",
 }
+EXAMPLE_SNAPSHOT_PARAMETERS = {"onDelete": "trash", "trashRetention": "24h"}
 EXAMPLE_MOUNT_OPTIONS = ("noatime",)
 
 # What the search for contradictions takes besides the values of the table.
@@ -72,6 +75,7 @@ _FURTHER_SETTINGS = (
     ("mountOptions", "[inode64]"),
     ("volumeMode", "Block"),
     ("dataSource", "1Gi"),
+    ("trashRetention", "7d"),
 )
 _SINGLE_SETTINGS: Sequence[Claim] = (
     {"volumeformat": "raw"},
@@ -81,6 +85,7 @@ _SINGLE_SETTINGS: Sequence[Claim] = (
     {"mkfsOptions": "-O ^has_journal"},
     {"mountOptions": "[errors=panic]"},
     {"mountOptions": "[ro, rw]"},
+    {"onDelete": "trash", "trashRetention": "1w"},
 )
 _TOO_SMALL_OR_LARGE: Sequence[Claim] = (
     {FSTYPE: "ext4", "storage": "4Mi"},
@@ -165,7 +170,7 @@ def contradictions() -> Iterator[tuple[Claim, DriverError]]:
 
 
 def check_example() -> None:
-    """Check that the driver takes the page's example, and that it shows every parameter of a StorageClass.
+    """Check that the driver takes the page's example, and that it shows every parameter of both classes.
 
     Raises:
         ValueError: a parameter is not in it, or one in it is unknown.
@@ -173,8 +178,10 @@ def check_example() -> None:
     """
     if set(EXAMPLE_PARAMETERS) != {one.name for one in parameters.VOLUME_PARAMETERS}:
         raise ValueError("the example of the page has not exactly the parameters of the table")
+    if set(EXAMPLE_SNAPSHOT_PARAMETERS) != {one.name for one in parameters.SNAPSHOT_PARAMETERS}:
+        raise ValueError("the example of the page has not exactly the parameters of a VolumeSnapshotClass")
     parameters.volume_parameters(EXAMPLE_PARAMETERS)
-    parameters.snapshot_parameters({})
+    parameters.snapshot_parameters(EXAMPLE_SNAPSHOT_PARAMETERS)
     size_of(EXAMPLE_PARAMETERS | {"mountOptions": f"[{', '.join(EXAMPLE_MOUNT_OPTIONS)}]"})
 
 
@@ -230,7 +237,10 @@ leaves out a list that is in [File systems](#file-systems)."""
 
 
 def _example() -> str:
-    lines = "\n".join(f"  {name}: {_yaml(value)}" for name, value in EXAMPLE_PARAMETERS.items())
+    lines, snapshot_lines = (
+        "\n".join(f"  {name}: {_yaml(value)}" for name, value in one.items())
+        for one in (EXAMPLE_PARAMETERS, EXAMPLE_SNAPSHOT_PARAMETERS)
+    )
     return f"""\
 ## Example
 Every parameter is in it. None of them has to be given when there is only one pool.
@@ -252,6 +262,8 @@ kind: VolumeSnapshotClass
 metadata:
   name: quobyte-disk
 driver: {DEFAULT_DRIVER_NAME}
+parameters:
+{snapshot_lines}
 deletionPolicy: Delete
 ```
 `provisioner` and `driver` are the chart's `driverName`. `"off"` needs its quotes: YAML reads a bare `off` as false, \
@@ -371,7 +383,9 @@ def _snapshot() -> str:
     sentences = [_snapshot_answer(name) for name in reserved]
     return f"""\
 ## VolumeSnapshotClass: parameters
-{_parameter_table(known) if known else "There are none yet."} Keys that begin with `{KUBERNETES_PREFIX}` are accepted, \
+{_parameter_table(known)}
+
+Keys that begin with `{KUBERNETES_PREFIX}` are accepted, \
 as above. Reserved for later versions, and refused: {_list(reserved)}.
 
 > {sentences[0]}"""
