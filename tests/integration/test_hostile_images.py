@@ -221,6 +221,7 @@ def test_what_a_pod_writes_into_its_disk_is_data(kit: Kit, tmp_path: Path, canar
         kit.grow_image(name)
         put_into_disk(kit, name, file)  # its own layer, too
         kit.create(f"cloned{number}", source=kit.from_volume(name))
+        kit.create(f"copied{number}", source=kit.from_snapshot(f"s{number}"), clone_mode="copy")
         kit.attach(name)
         kit.detach(name)
         written[name] = data
@@ -234,7 +235,8 @@ def test_what_a_pod_writes_into_its_disk_is_data(kit: Kit, tmp_path: Path, canar
     assert not canary.was_opened()
     for name, data in written.items():
         assert disk_begins_with(kit, kit.chain(name)[0].id, data, tmp_path), name
-        assert disk_begins_with(kit, kit.chain(name.replace("v", "cloned"))[0].id, data, tmp_path), name
+        for other in ("cloned", "copied"):
+            assert disk_begins_with(kit, kit.chain(name.replace("v", other))[0].id, data, tmp_path), name
     assert [finding for finding in kit.check() if finding.severity == "error"] == []
     assert not canary.was_opened()
     kit.delete_everything()
@@ -251,6 +253,7 @@ def attempts(kit: Kit) -> dict[str, Callable[[], object]]:
         "snapshot": lambda: kit.snapshot("new", of="v"),
         "clone": lambda: kit.create("clone", source=kit.from_volume("v")),
         "restore": lambda: kit.create("restored", source=kit.from_snapshot("s")),
+        "copy": lambda: kit.create("copied", source=kit.from_snapshot("s"), clone_mode="copy"),
         "expand": lambda: kit.expand("v", 2 * SIZE_BYTES),
         "attach": lambda: kit.attach("v"),
         "detach": lambda: kit.detach("v"),

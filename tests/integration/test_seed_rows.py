@@ -326,13 +326,14 @@ def test_S43_middle_snapshot_of_a_volume_with_children_can_be_deleted_and_nothin
     assert tree(kit.store.root) == as_new
 
 
+@pytest.mark.parametrize("mode", ["overlay", "copy"])
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
-def test_S44_larger_size_is_honoured_and_stays_thin(kit: Kit, tmp_path: Path, image_format: str) -> None:
+def test_S44_larger_size_is_honoured_and_stays_thin(kit: Kit, tmp_path: Path, image_format: str, mode: str) -> None:
     kit.create("v", image_format=image_format)
     kit.write("v", 1)
     kit.snapshot("s", of="v")
     for name, source in (("restored", kit.from_snapshot("s")), ("cloned", kit.from_volume("v"))):
-        volume = kit.create(name, source=source, size=SizeRange(64 * MIB))
+        volume = kit.create(name, source=source, size=SizeRange(64 * MIB), clone_mode=mode)
         image = image_of(kit, name)
         assert (volume.size_bytes, virtual_size(image, "qcow2")) == (64 * MIB, 64 * MIB)
         assert allocated(image) < 2 * MIB
@@ -345,7 +346,10 @@ def test_S44_larger_size_is_honoured_and_stays_thin(kit: Kit, tmp_path: Path, im
     assert allocated(copied) >= 64 * MIB
 
 
-def test_S45_half_made_image_is_never_taken_for_a_whole_one(kit: Kit, impatient: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["overlay", "copy"])
+def test_S45_half_made_image_is_never_taken_for_a_whole_one(
+    kit: Kit, impatient: None, tmp_path: Path, mode: str
+) -> None:
     """A controller dies in the middle of writing an image; what it has written has no name that means anything."""
     kit.create("v")
     kit.write("v", 1)
@@ -365,7 +369,7 @@ def test_S45_half_made_image_is_never_taken_for_a_whole_one(kit: Kit, impatient:
 
         dying = Kit(Store(kit.store.root, observer=die))
         try:
-            dying.create("restored", source=kit.from_snapshot("s"))
+            dying.create("restored", source=kit.from_snapshot("s"), clone_mode=mode)
         except Killed:
             pass
         else:
@@ -375,7 +379,7 @@ def test_S45_half_made_image_is_never_taken_for_a_whole_one(kit: Kit, impatient:
         for path in Path(kit.store.root, "layers").glob("*/*.qcow2"):
             header = qcow2.decode_header(path.read_bytes()[: qcow2.HEADER_READ_BYTES])
             assert (header.size_bytes, path.stat().st_size >= 4 * qcow2.CLUSTER_BYTES) == (SIZE_BYTES, True)
-        at_once(lambda: kit.create("restored", source=kit.from_snapshot("s")))
+        at_once(lambda: kit.create("restored", source=kit.from_snapshot("s"), clone_mode=mode))
         assert kit.holds("restored", 1)
         at_once(lambda: kit.delete("restored"))
     assert last > 12
@@ -398,7 +402,8 @@ def test_S47_recorded_format_of_a_clone_is_that_of_its_file(kit: Kit, tmp_path: 
     kit.snapshot("s", of="v")
     kit.create("restored", source=kit.from_snapshot("s"))
     kit.create("cloned", source=kit.from_volume("v"))
-    for name in ("v", "restored", "cloned"):
+    kit.create("copied", source=kit.from_volume("cloned"), clone_mode="copy", image_format="raw")
+    for name in ("v", "restored", "cloned", "copied"):
         for layer in kit.chain(name):
             assert (layer.format == "qcow2") == (magic(Path(kit.store.image_path(layer))) == b"QFI\xfb"), layer
         assert kit.holds(name, 1)
