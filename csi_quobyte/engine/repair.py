@@ -57,6 +57,8 @@ _ORDER: tuple[Step, ...] = ("rebuild-record", "make-marker", "set-backing-name",
 _COLLECTED: frozenset[Kind] = frozenset(
     {"unfinished", "stale-marker", "orphan-layer", "orphan-file", "stale-claim", "stale-temporary"}
 )
+# seen only by looking into an image, which is not done while it is in use
+_OF_IMAGES: frozenset[Kind] = frozenset({"wrong-size", "wrong-backing-name", "damaged-image", "leaked-clusters"})
 _LOST: dict[Kind, str] = {
     "missing-image": "its contents are gone; volumes and snapshots that need it can be deleted",
     "broken-chain": "the records contradict each other, and nothing says which is right",
@@ -137,7 +139,7 @@ def repair(store: Store, tools: QemuTools, check_image: CheckImage) -> Outcome:
         achieved = False
         for finding, task, failure in attempted:
             key = _key(finding)
-            is_done = key not in left
+            is_done = key not in left and _is_believable(finding, task, failure)
             achieved = achieved or (is_done and task.step != "none")
             live = live | {key} if task.is_live or isinstance(failure, Refused) else live - {key}
             actions[key] = _as_action(finding, task, done=is_done, failure=failure)
@@ -146,6 +148,13 @@ def repair(store: Store, tools: QemuTools, check_image: CheckImage) -> Outcome:
     for finding in current.findings:  # what the last round has brought to light
         actions.setdefault(_key(finding), Action(*_key(finding), "none", False, "found by the last look: run it again"))
     return Outcome(list(actions.values()), before, current, len(live))
+
+
+def _is_believable(finding: Finding, task: _Task, failure: DriverError | None) -> bool:
+    """Say whether a finding that is not found any more is put right: an image may just have come into use since."""
+    if finding.kind in _OF_IMAGES:
+        return task.step != "none" and failure is None
+    return failure is None or task.step == "rebuild-record"  # another finding may have asked for the same record
 
 
 def _key(finding: Finding) -> _Key:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from controller_kit import QEMU_DIR, SIZE_BYTES, Kit, tools, tree
@@ -302,12 +303,15 @@ def test_record_cut_off_behind_all_that_matters_is_rebuilt(kit: Kit, folder: str
     kit.delete_everything()
 
 
-@pytest.mark.parametrize("folder", ["volumes", "snapshots"])
-def test_record_that_lost_a_field_is_left_and_can_be_deleted(kit: Kit, folder: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "field"),
+    [("volumes", "unfinished"), ("volumes", "attachments"), ("volumes", "detached_at"), ("snapshots", "unfinished")],
+)
+def test_record_that_lost_a_field_is_left_and_can_be_deleted(kit: Kit, folder: str, field: str) -> None:
     as_new = tree(kit.store.root)
     two_disks(kit)
     torn = kit.volume_id("v") if folder == "volumes" else kit.snapshot_id("s")
-    cut_behind(kit, folder, torn, "unfinished")
+    cut_behind(kit, folder, torn, field)
     before = every_byte(kit.store.root)
     (action,) = repair(kit).actions
     assert (action.id, action.action, action.done) == (torn, "none", False)
@@ -315,7 +319,7 @@ def test_record_that_lost_a_field_is_left_and_can_be_deleted(kit: Kit, folder: s
     kit.delete("v")
     kit.delete_snapshot("s")
     kit.sweep_until_quiet()
-    Path(kit.store.root, "collector.json").unlink()
+    Path(kit.store.root, "collector.json").unlink(missing_ok=True)
     assert tree(kit.store.root) == as_new
 
 
@@ -415,6 +419,24 @@ def test_object_that_an_operation_works_on_is_left_for_later(kit: Kit) -> None:
         assert (action.done, kit.volume_id("v") in action.reason) == (False, True)
     assert repair(kit).actions[0].done
     other.close()
+
+
+def test_volume_that_is_attached_after_the_decision_is_left(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_disks(kit)
+    put_other_backing_name(kit)
+    before = image(kit, "v").read_bytes()
+    decide = repairing._task
+
+    def late(*arguments: Any) -> Any:
+        task = decide(*arguments)
+        kit.attach("v")
+        return task
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repairing, "_task", late)
+        (action,) = repair(kit).actions
+    assert (action.done, "changed by another operation" in action.reason) == (False, True)
+    assert image(kit, "v").read_bytes() == before
 
 
 def test_half_done_merge_is_ended(kit: Kit) -> None:
