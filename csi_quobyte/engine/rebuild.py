@@ -119,12 +119,15 @@ def _from_witnesses(store: Store, found: Index, layer_id: str) -> LayerRecord:
 
 def _state(found: Index, layer_id: str) -> LayerState:
     """Judge by who refers to a layer whether it is a head or frozen."""
-    if layer_id in found.intended_layers:
-        raise Uncertain("it belongs to an operation that did not end: repeat the call, or delete the object")
     names = found.refs.get(layer_id)
     if names is None:
         raise Uncertain("its refs directory is gone, as of a layer that is being removed")
     markers = [parse_marker(name) for name in names]
+    is_cache = any(snapshot.cache == layer_id for snapshot in found.snapshots.values())
+    # a cache entry without a record counts as one that is being made, unless it had one or has children
+    was_made = layer_id in found.unreadable or any(marker.kind == "c" for marker in markers if marker)
+    if layer_id in found.intended_layers and not (is_cache and was_made):
+        raise Uncertain("it belongs to an operation that did not end: repeat the call, or delete the object")
     unknown = [name for name, marker in zip(names, markers, strict=True) if marker is None]
     unknown += [
         marker.id

@@ -509,7 +509,7 @@ def _users(found: Index, layer_id: str) -> _Users:
     for volume in found.volumes.values():
         if above & {volume.head, volume.parent, volume.source_next}:
             users.volumes |= {volume.id} | ({volume.source.id} if volume.source_next and volume.source else set())
-    users.snapshots |= {one.id for one in found.snapshots.values() if above & {one.layer, one.next}}
+    users.snapshots |= {one.id for one in found.snapshots.values() if above & {one.layer, one.next, one.cache}}
     return users
 
 

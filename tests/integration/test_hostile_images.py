@@ -222,6 +222,7 @@ def test_what_a_pod_writes_into_its_disk_is_data(kit: Kit, tmp_path: Path, canar
         put_into_disk(kit, name, file)  # its own layer, too
         kit.create(f"cloned{number}", source=kit.from_volume(name))
         kit.create(f"copied{number}", source=kit.from_snapshot(f"s{number}"), clone_mode="copy")
+        kit.create(f"cached{number}", source=kit.from_snapshot(f"s{number}"), clone_mode="cache")
         kit.attach(name)
         kit.detach(name)
         written[name] = data
@@ -235,7 +236,7 @@ def test_what_a_pod_writes_into_its_disk_is_data(kit: Kit, tmp_path: Path, canar
     assert not canary.was_opened()
     for name, data in written.items():
         assert disk_begins_with(kit, kit.chain(name)[0].id, data, tmp_path), name
-        for other in ("cloned", "copied"):
+        for other in ("cloned", "copied", "cached"):
             assert disk_begins_with(kit, kit.chain(name.replace("v", other))[0].id, data, tmp_path), name
     assert [finding for finding in kit.check() if finding.severity == "error"] == []
     assert not canary.was_opened()
@@ -254,6 +255,7 @@ def attempts(kit: Kit) -> dict[str, Callable[[], object]]:
         "clone": lambda: kit.create("clone", source=kit.from_volume("v")),
         "restore": lambda: kit.create("restored", source=kit.from_snapshot("s")),
         "copy": lambda: kit.create("copied", source=kit.from_snapshot("s"), clone_mode="copy"),
+        "cache": lambda: kit.create("cached", source=kit.from_snapshot("s"), clone_mode="cache"),
         "expand": lambda: kit.expand("v", 2 * SIZE_BYTES),
         "attach": lambda: kit.attach("v"),
         "detach": lambda: kit.detach("v"),

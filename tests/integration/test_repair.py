@@ -220,6 +220,19 @@ def test_frozen_layer_below_an_attached_volume_is_rebuilt_and_its_head_is_not(ki
     assert kit.holds("v", 1, 2)
 
 
+@pytest.mark.parametrize("lost", ["torn", "gone"])
+def test_cache_entry_with_children_is_rebuilt(kit: Kit, lost: str) -> None:
+    two_disks(kit)
+    kit.create("cached", source=kit.from_snapshot("s"), clone_mode="cache")
+    kit.write("cached", 6, block=1)
+    entry = kit.chain("cached")[-1]
+    assert entry.id == kit.store.snapshot(kit.snapshot_id("s")).cache
+    tear(kit, "layers", entry.id) if lost == "torn" else record_of(kit, "layers", entry.id).unlink()
+    assert repair(kit).after.findings == []
+    assert same(kit.store.layer(entry.id), entry)
+    assert kit.holds("cached", 1, 6)
+
+
 def test_record_of_a_grown_head_says_the_size_of_its_image(kit: Kit) -> None:
     two_disks(kit)
     kit.expand("v", 2 * SIZE_BYTES)
