@@ -202,11 +202,13 @@ def collect(store: Store, tools: QemuTools, *, merges: bool) -> Iterator["Collec
                 return
             if not lease.hold(store):
                 raise Busy("another process merges layers in this pool at this moment")
-            rest = end_begun(store, tools, work)
+            rest = end_begun(store, tools, work, is_held=lambda: lease.is_safe(store))
             busy = (rest.begun, rest.left) != (work.begun, work.left)
             for layer_id in work.free if merges else ():
                 plan = plan_near(store, layer_id)
-                if plan and merging.merge(store, tools, plan, is_held=lambda: lease.is_safe(store)):
+                if plan is None or not merging.has_space(store, plan):
+                    continue
+                if merging.merge(store, tools, plan, is_held=lambda: lease.is_safe(store)):
                     busy = True
                     yield plan
             if not busy:

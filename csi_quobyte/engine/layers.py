@@ -163,15 +163,21 @@ def intent_is_outdated(
 
     `next_id`: the overlay by which the volume's head `layer_id` is to be frozen; None: that head was untouched, and
     `layer_id` is the layer below it. An intent is outdated when the volume was grown or formatted since, its overlay
-    may then be smaller than the layer it is to lie on; and one without an overlay also when the volume has moved on
-    from an untouched head over that layer: until it is marked, merges may change the layer. An outdated intent is
-    undone and written anew.
+    may then be smaller than the layer it is to lie on; and when the volume has moved on before the layer was marked for
+    the intent: until it is, merges may change the layer. An outdated intent is undone and written anew.
     """
     volume = store.find_volume(volume_id)
     if next_id is None:
         return volume is None or not _is_untouched_over(store, volume, layer_id, size_bytes, content)
-    if volume is None or volume.head != layer_id:
+    if volume and volume.head == next_id:
         return False
+    if volume is None or volume.head != layer_id:
+        # The overlay's marker comes after the intent's own, and both while the layer is the volume's head.
+        if child_marker(next_id) not in (store.markers(layer_id) or []):
+            return True
+        # Somebody else may have frozen it, when it was larger or held something else.
+        holds_other = volume is not None and store.content(volume) != content
+        return holds_other or store.layer(layer_id).size_bytes > size_bytes
     overlay = _overlay_record(next_id, parent_id=layer_id, size_bytes=size_bytes)
     is_made = store.image_bytes(overlay) is not None
     return (
@@ -193,16 +199,20 @@ def _is_untouched_over(
     return head.parent == layer_id and images.is_untouched(store, head)
 
 
-def check_still_untouched(
-    store: Store, volume_id: str, layer_id: str, *, size_bytes: int, content: Content | None
+def check_intent(
+    store: Store, volume_id: str, *, layer_id: str, next_id: str | None, size_bytes: int, content: Content | None
 ) -> None:
-    """Check, after a layer below an untouched head was marked, that it holds what the intent saw, now and for good.
+    """Check, after a frozen layer was marked for an intent, that it holds what the intent saw, now and for good.
+
+    The arguments are those of `intent_is_outdated`.
 
     Raises:
         Busy: the volume has moved on, or a merge into the layer may be under way.
     """
-    if intent_is_outdated(store, volume_id, layer_id=layer_id, next_id=None, size_bytes=size_bytes, content=content):
+    if intent_is_outdated(store, volume_id, layer_id=layer_id, next_id=next_id, size_bytes=size_bytes, content=content):
         raise Busy(f"volume {volume_id} has changed since this was begun; try again")
+    if next_id:
+        return  # it was marked while it was a head: nothing was merged into it since
     for marker in map(parse_marker, store.markers(layer_id) or []):
         child = store.find_layer(marker.id) if marker and marker.kind == "c" else None
         if child and child.merge and child.merge.kind == "down" and child.merge.parent == layer_id:

@@ -18,7 +18,7 @@ from csi_quobyte import telemetry
 from csi_quobyte.engine import merging
 from csi_quobyte.engine.index import Index
 from csi_quobyte.engine.lease import Lease
-from csi_quobyte.engine.merging import Plan
+from csi_quobyte.engine.merging import Ask, Plan
 from csi_quobyte.errors import Busy, DriverError
 from csi_quobyte.host.qemu import QemuTools
 from csi_quobyte.pool.pools import Pool
@@ -44,14 +44,17 @@ class Work:
 
 
 def work_in(found: Index, store: Store) -> Work:
-    """Give what is to be merged in a pool, or was begun; nothing while a record cannot be read: it may be the owner."""
+    """Give what is to be merged in a pool, or was begun.
+
+    Nothing new while a record cannot be read: it may be the owner. What was begun keeps volumes from being staged, and
+    to end it only the records that it names are needed.
+    """
+    begun = tuple(sorted(layer.id for layer in found.layers.values() if layer.merge))
+    left = tuple(_left_markers(found))
     if found.unreadable:
-        return Work()
-    return Work(
-        tuple(sorted(layer.id for layer in found.layers.values() if layer.merge)),
-        tuple(_left_markers(found)),
-        (*sorted(_single_parents(found), key=lambda layer_id: _allocated(store, found, layer_id)), *_long_heads(found)),
-    )
+        return Work(begun, left)
+    small_first = sorted(_single_parents(found), key=lambda layer_id: _allocated(store, found, layer_id))
+    return Work(begun, left, (*small_first, *_long_heads(found)))
 
 
 def _left_markers(found: Index) -> Iterator[tuple[str, str]]:
@@ -107,21 +110,26 @@ def plan_near(store: Store, layer_id: str) -> Plan | None:
     return None
 
 
-def end_begun(store: Store, tools: QemuTools, work: Work) -> Work:
+def end_begun(store: Store, tools: QemuTools, work: Work, *, is_held: Ask) -> Work:
     """Finish or undo the merges that were begun, and remove the markers that merges have left; gives what is left.
 
-    Only for who holds the lease, and does no merge itself at this moment. What fails is to be tried again.
+    Only for who holds the lease, which `is_held` says, and does no merge itself at this moment. What fails is to be
+    tried again.
     """
-    begun, left = [], []
+    begun: list[str] = []
+    left: list[tuple[str, str]] = []
     for layer_id in work.begun:
         try:
-            merging.resume(store, tools, layer_id)
+            merging.resume(store, tools, layer_id, is_held=is_held)
         except DriverError as error:
             log.warning("the merge of layer %s is ended later: %s", layer_id, error)
             begun.append(layer_id)
-    for layer_id, child_id in work.left:
+    for number, (layer_id, child_id) in enumerate(work.left):
+        if not is_held():
+            left += work.left[number:]
+            break
         try:
-            merging.tidy(store, layer_id, child_id)
+            merging.tidy(store, layer_id, child_id, is_held=is_held)
         except DriverError as error:
             log.warning("the marker of child %s on layer %s is removed later: %s", child_id, layer_id, error)
             left.append((layer_id, child_id))
@@ -238,14 +246,23 @@ class Merger:
                 self.look_at(layer_id)
         elif (layer := store.find_layer(thing)) and layer.merge:
             self._end(store, Work(begun=(thing,)))
-        elif self._begins and (plan := plan_near(store, thing)) and self._lease.hold(store):
-            self._merge(store, plan)
+        elif self._begins and (plan := plan_near(store, thing)):
+            # without space not even the lease is taken: the reserve of the pool is there for deleting
+            if not merging.has_space(store, plan):
+                log.info("pool %s: no space for a merge of layer %s", self._pool.name, plan.layer)
+            elif self._lease.hold(store):
+                self._merge(store, plan)
 
     def _end(self, store: Store, work: Work) -> None:
         """End what was begun; what fails comes again."""
-        if (work.begun or work.left) and self._lease.hold(store):
-            for layer_id in end_begun(store, self._tools, work).begun:
-                self._queue(layer_id, AGAIN_AFTER_S)
+        if not work.begun and not work.left:
+            return
+        rest = work
+        if self._lease.hold(store):
+            rest = end_begun(store, self._tools, work, is_held=lambda: self._lease.is_safe(store))
+        # also those of another holder: if that is dead, they keep volumes from being staged until somebody ends them
+        for layer_id in rest.begun:
+            self._queue(layer_id, AGAIN_AFTER_S)
 
     def _merge(self, store: Store, plan: Plan) -> None:
         """Do one merge, with the lease."""

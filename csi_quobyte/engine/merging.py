@@ -16,12 +16,13 @@ crash between any two of them:
 
 One process of a pool merges: who holds its lease (engine/lease). One that has lost it without noticing can do no harm:
 its daemon is dead by then, and its commit reads the child before the layer, while who undoes it writes the layer before
-the child, so that one of its two comparisons fails.
+the child, so that one of its two comparisons fails. What no comparison guards, a name in an image and the removal of a
+marker, is done right after the lease was looked at, and a marker is looked at once more.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -51,6 +52,7 @@ SOFT_DEPTH = 8
 """The collector flattens the head of a chain that is longer."""
 _FLAT_DEPTH = SOFT_DEPTH // 2  # so that not every further snapshot makes the next flattening
 _CHEAP_BYTES = 256 << 20  # moved without asking what it frees: a second of work, and mkfs.xfs alone writes 64 MiB
+_SPARE_BYTES = 64 << 20  # left to those who write, besides what a merge may take before it frees anything
 _LOOK_EVERY_S = 0.25  # how long somebody who wants the volume may wait for a job's end
 GRACE_S = 60.0
 """So long after a detachment a volume is left alone: a node from which it was taken by force may write until it is
@@ -110,11 +112,22 @@ def plan_flattening(store: Store, volume: VolumeRecord) -> Plan | None:
     if volume.state is not VolumeState.READY or volume.attachments:
         return None
     chain = chain_of(volume.head, store.find_layer)
-    if len(chain) <= SOFT_DEPTH or any(layer.merge for layer in chain):
+    if len(chain) <= SOFT_DEPTH or chain[0].merge or not _is_settled(chain[1:]):
         return None
     keep = len(chain) - _FLAT_DEPTH + 1
     moved = sum(_allocated(store, layer) for layer in chain[1:keep])
     return Plan("flatten", chain[0].id, chain[0].id, chain[keep].id, moved)
+
+
+def _is_settled(layers_below: Sequence[LayerRecord]) -> bool:
+    """Say whether no layer is being merged or waits for the end of a freeze, which looks for it below the head."""
+    return all(one.state is LayerState.FROZEN and one.merge is None for one in layers_below)
+
+
+def has_space(store: Store, plan: Plan) -> bool:
+    """Say whether a merge leaves space to those who write: it takes up to what it moves, and frees it at the end."""
+    _, available_bytes = store.space()
+    return available_bytes >= plan.bytes + _SPARE_BYTES
 
 
 def _only_child(store: Store, layer_id: str) -> str | None:
@@ -155,6 +168,7 @@ def merge(
         return False
     if _is_in_use(store, plan.child):  # what counts is the look after the note; this one saves writing it
         return False
+    _check_held(is_held)
     noted = Merge(kind=plan.kind, child=plan.child, parent=plan.parent)
     state = LayerState.HEAD if plan.kind == "flatten" else LayerState.MERGING
     # die here, before or after: nothing has happened
@@ -168,7 +182,17 @@ def merge(
     finally:
         current = store.find_layer(layer.id)
         if is_held() and current and same_version(current, layer):
-            resume(store, tools, layer.id)
+            resume(store, tools, layer.id, is_held=is_held)
+
+
+def _check_held(is_held: Ask) -> None:
+    """Check that the lease is held at this moment.
+
+    Raises:
+        Busy: it is another's; who holds it ends what was begun.
+    """
+    if not is_held():
+        raise Busy("the right to merge layers in this pool was lost")
 
 
 def _still_fits(store: Store, layer: LayerRecord, plan: Plan) -> bool:
@@ -180,7 +204,9 @@ def _still_fits(store: Store, layer: LayerRecord, plan: Plan) -> bool:
 
 def _is_free(store: Store, layer: LayerRecord, noted: Merge) -> bool:
     """Say, after the note was written, whether nobody but the child refers to the layer and nobody has it open."""
-    child = store.find_layer(noted.child)
+    current, child = store.find_layer(layer.id), store.find_layer(noted.child)
+    if current is None or not same_version(current, layer):
+        return False  # another process has ended it
     if child is None or (noted.kind != "flatten" and child.parent != layer.id):
         return False
     if noted.kind != "flatten" and store.markers(layer.id) != [child_marker(child.id)]:
@@ -256,6 +282,8 @@ def _move(
     child = store.layer(noted.child)
     _check_not_written(store, child.id, layer.id, noted.parent)
     chain = tuple(reversed(chain_of(child.id, store.find_layer)))
+    if not _is_settled([one for one in chain if one.id not in {child.id, layer.id}]):
+        raise Busy(f"another merge or a freeze below layer {child.id} is not ended yet")
     images.check_chain(store, chain)
     opened = [ImageLayer(one.id, store.image_path(one), one.format) for one in chain]
     parent = store.layer(noted.parent) if noted.parent else None
@@ -294,8 +322,12 @@ def _commit(store: Store, layer: LayerRecord, noted: Merge, is_held: Ask) -> Non
     """
     child = store.layer(noted.child)
     current = store.layer(layer.id)
-    if not same_version(current, layer) or not is_held():
+    if not same_version(current, layer):
         raise Busy(f"the merge of layer {layer.id} was given up by another process")
+    if child.merge and child.id != layer.id:
+        # a note that came late, of a process without the lease
+        raise Busy(f"layer {child.id} is being merged itself")
+    _check_held(is_held)
     before = child.parent
     if noted.parent:
         store.mark(noted.parent, child_marker(child.id))
@@ -318,11 +350,11 @@ def _leave(store: Store, parent_id: str, child: LayerRecord) -> None:
     store.unmark(parent_id, child_marker(child.id))
 
 
-def tidy(store: Store, layer_id: str, child_id: str) -> bool:
+def tidy(store: Store, layer_id: str, child_id: str, *, is_held: Ask) -> bool:
     """Remove the marker of a child that has another parent; says whether it did. Only for who holds the lease.
 
     Raises:
-        Busy: the child's record changes at this moment.
+        Busy: the child's record changes at this moment, or the lease is lost.
     """
     child, layer = store.find_layer(child_id), store.find_layer(layer_id)
     if child is None or layer is None or child.parent == layer_id or child.merge:
@@ -331,42 +363,61 @@ def tidy(store: Store, layer_id: str, child_id: str) -> bool:
     if above and above.merge and (above.merge.child, above.merge.parent) == (child_id, layer_id):
         return False
     # A commit that another process is in the middle of loses its compare-and-set.
-    child = store.swap(child, child)
-    store.unmark(layer_id, child_marker(child_id))
+    store.swap(child, child)
+    _remove_left(store, layer_id, child_id, is_held)
     return True
+
+
+def _remove_left(store: Store, layer_id: str, child_id: str, is_held: Ask) -> None:
+    """Take the marker of a child out of a layer that is not its parent, and put it back if it has become that since.
+
+    No comparison guards the removal. Who is stopped before it and goes on late may meet the marker of another merge,
+    which was committed meanwhile. One that is committed later makes the marker again itself (`_leave`).
+
+    Raises:
+        Busy: the lease is lost.
+    """
+    _check_held(is_held)
+    store.unmark(layer_id, child_marker(child_id))
+    child = store.find_layer(child_id)
+    if child and child.parent == layer_id and child.state is not LayerState.RETIRED:
+        store.mark(layer_id, child_marker(child_id))
 
 
 # --- ending one ------------------------------------------------------------------------------------------------
 
 
-def resume(store: Store, tools: QemuTools, layer_id: str) -> None:
+def resume(store: Store, tools: QemuTools, layer_id: str, *, is_held: Ask) -> None:
     """Finish a merge whose child has its new parent, or undo one whose child has not; nothing to do is success.
 
     Only for who holds the lease.
 
     Raises:
-        Busy: the records change at this moment, or a daemon still has an image open; call again.
+        Busy: the records change at this moment, a daemon still has an image open, or the lease is lost; call again.
     """
     layer = store.find_layer(layer_id)
     if layer is None or layer.merge is None or layer.state is LayerState.RETIRED:
         return
+    _check_held(is_held)
     noted = layer.merge
     # From here on a commit of the process that wrote the note fails, unless it was made already.
     layer = store.swap(layer, layer)
     child = store.find_layer(noted.child)
     if noted.kind == "flatten":
-        _undo(store, tools, layer, layer, noted)
+        _undo(store, tools, layer, layer, noted, is_held)
     elif child is None or child.state is LayerState.RETIRED:
-        _undo(store, tools, layer, None, noted)
+        _undo(store, tools, layer, None, noted, is_held)
     elif child.parent == layer.id:
-        _undo(store, tools, layer, child, noted)
+        _undo(store, tools, layer, child, noted, is_held)
     else:
         _leave(store, layer.id, child)
         # die here: the layer has no markers, and the collector drops it
         layers.drop(store, layer.id)
 
 
-def _undo(store: Store, tools: QemuTools, layer: LayerRecord, child: LayerRecord | None, noted: Merge) -> None:
+def _undo(
+    store: Store, tools: QemuTools, layer: LayerRecord, child: LayerRecord | None, noted: Merge, is_held: Ask
+) -> None:
     """Make the records as they were before a merge that was not committed.
 
     What was moved stays where it is: it is hidden, or what was shown anyway.
@@ -381,9 +432,9 @@ def _undo(store: Store, tools: QemuTools, layer: LayerRecord, child: LayerRecord
         child = layer
     _check_not_written(store, noted.child, noted.parent)
     if child:
-        _repair_name(store, tools, child)
+        _repair_name(store, tools, child, is_held)
     if noted.parent and not (child and child.parent == noted.parent):
-        store.unmark(noted.parent, child_marker(noted.child))
+        _remove_left(store, noted.parent, noted.child, is_held)
     if noted.kind == "down" and noted.parent:
         parent = store.layer(noted.parent)
         size_bytes = images.virtual_size_bytes(store, parent)
@@ -393,9 +444,10 @@ def _undo(store: Store, tools: QemuTools, layer: LayerRecord, child: LayerRecord
     store.swap(layer, replace(layer, state=state, merge=None))
 
 
-def _repair_name(store: Store, tools: QemuTools, child: LayerRecord) -> None:
+def _repair_name(store: Store, tools: QemuTools, child: LayerRecord, is_held: Ask) -> None:
     """Put the recorded parent's name into an image: a job writes the new one before its data is durable."""
     parent = store.layer(child.parent) if child.parent else None
     wanted = store.backing_name(child.id, parent) if parent else None
     if images.backing_name(store, child) != wanted:
+        _check_held(is_held)  # the image may be open elsewhere by now
         qemu_img.set_backing_name(tools, store.image_path(child), wanted, parent.format if parent else None)

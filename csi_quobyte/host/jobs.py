@@ -240,15 +240,15 @@ class _Vigil:
         """Note that something else begins, which has the whole time for itself."""
         self._moved_at = time.monotonic()
 
-    def tick(self) -> None:
-        """Ask the watch if it was not asked for 100 ms.
+    def tick(self, *, at_once: bool = False) -> None:
+        """Ask the watch if it was not asked for 100 ms, or `at_once`.
 
         Raises:
             Stopped: it says stop.
             _Stalled: nothing has moved for too long.
         """
         now = time.monotonic()
-        if now - self._asked_at >= _WATCH_INTERVAL_S:
+        if at_once or now - self._asked_at >= _WATCH_INTERVAL_S:
             self._asked_at = now
             if self._watch(self._progress) == "stop":
                 raise Stopped(f"stopped at {self._progress.current_bytes} of {self._progress.total_bytes} bytes")
@@ -271,6 +271,9 @@ def _run(tools: QemuTools, plan: _Plan, vigil: _Vigil, speed_bytes_per_s: int | 
             daemon.open(plan.chain)
             opened = daemon.layers()
             _check_growing([(layer.id, opened[layer.id].size_bytes) for layer in plan.chain])
+            # Who was stopped for long before there was a daemon to be killed must not move anything now; and a short
+            # job may end before the next question.
+            vigil.tick(at_once=True)
             with _leaving_in_order(daemon):
                 daemon.execute(plan.name, arguments)
                 _follow(daemon, plan, vigil)

@@ -144,14 +144,14 @@ def _finish(store: Store, snapshot: SnapshotRecord) -> SnapshotRecord:
         if volume.head not in {snapshot.layer, snapshot.next}:
             raise NotFound(f"volume {volume.id} was made anew meanwhile")
         layers.freeze(store, volume, snapshot.next, check_intent=lambda: _check_unchanged(store, snapshot))
-    if snapshot.next is None:
-        layers.check_still_untouched(
-            store,
-            snapshot.source_volume,
-            snapshot.layer,
-            size_bytes=snapshot.size_bytes,
-            content=snapshot.content,
-        )
+    layers.check_intent(
+        store,
+        snapshot.source_volume,
+        layer_id=snapshot.layer,
+        next_id=snapshot.next,
+        size_bytes=snapshot.size_bytes,
+        content=snapshot.content,
+    )
     if store.layer(snapshot.layer).state is not LayerState.FROZEN:
         raise Busy(f"the volume of snapshot {snapshot.id} is being changed")
     return store.swap(snapshot, replace(snapshot, state=SnapshotState.READY, unfinished=False))

@@ -376,9 +376,14 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
         if cloned.head not in {parent_id, volume.source_next}:
             raise NotFound(f"volume {source.id} was made anew meanwhile")
         layers.freeze(store, cloned, volume.source_next, check_intent=lambda: _check_unchanged(store, volume))
-    elif source and source.kind == "volume" and volume.source_next is None:
-        layers.check_still_untouched(
-            store, source.id, parent_id, size_bytes=volume.size_bytes, content=volume.inherited_content
+    if source and source.kind == "volume":
+        layers.check_intent(
+            store,
+            source.id,
+            layer_id=parent_id,
+            next_id=volume.source_next,
+            size_bytes=volume.size_bytes,
+            content=volume.inherited_content,
         )
     if store.layer(parent_id).state is not LayerState.FROZEN:
         raise Busy(f"the source of volume {volume.id} is being changed")

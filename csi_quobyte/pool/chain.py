@@ -16,9 +16,18 @@ HARD_DEPTH = 32
 def chain_of(head: str, find: Callable[[str], LayerRecord | None]) -> tuple[LayerRecord, ...]:
     """Follow the parents from layer `head`; the first of the result is the head, the last the base.
 
+    What looks wrong is read once more: a merge may have been committed, and its layer dropped, between two reads.
+
     Raises:
         Corrupt: a layer is missing or retired, the parents form a circle, or sizes fall from base to head.
     """
+    try:
+        return _follow(head, find)
+    except Corrupt:
+        return _follow(head, find)
+
+
+def _follow(head: str, find: Callable[[str], LayerRecord | None]) -> tuple[LayerRecord, ...]:
     chain: list[LayerRecord] = []
     wanted: str | None = head
     while wanted is not None:

@@ -238,7 +238,7 @@ class Kit:
 
     def end_merges(self) -> bool:
         """Finish or undo what merges have begun or left, as the merger does; says whether that is done."""
-        rest = end_begun(self.store, tools(), work_in(index.read(self.store), self.store))
+        rest = end_begun(self.store, tools(), work_in(index.read(self.store), self.store), is_held=lambda: True)
         return not rest.begun and not rest.left
 
     # --- contents ----------------------------------------------------------------------------------------------

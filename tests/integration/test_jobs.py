@@ -410,6 +410,25 @@ def test_stop(scene: Scene, kind: Kind) -> None:
     scene.check_done(kind)
 
 
+@pytest.mark.parametrize("kind", MERGES)
+def test_stop_that_is_known_when_the_layers_are_open_moves_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """As for a process that was stopped for minutes just before it started its daemon. The job would take a moment."""
+    plain, is_open = qsd.PrivateDaemon.open, False
+
+    def slow(daemon: qsd.PrivateDaemon, layers: Sequence[ImageLayer]) -> None:
+        nonlocal is_open
+        plain(daemon, layers)
+        is_open = True
+
+    monkeypatch.setattr(qsd.PrivateDaemon, "open", slow)
+    before = [Path(layer.path).read_bytes() for layer in scene.layers]
+    with pytest.raises(jobs.Stopped):
+        scene.run(kind, lambda _: "stop" if is_open else "go on")
+    assert [Path(layer.path).read_bytes() for layer in scene.layers] == before
+
+
 @pytest.mark.parametrize("kind", ["commit", "copy"])
 def test_an_error_of_the_watch_ends_the_job(scene: Scene, kind: Kind) -> None:
     calls = 0

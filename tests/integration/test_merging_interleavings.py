@@ -273,7 +273,7 @@ def test_marker_of_a_child_with_another_parent_is_removed_and_one_that_is_needed
     kit.store.mark(base, records.child_marker(head))
     kit.sweep_until_quiet()
     assert kit.store.markers(base) == [records.child_marker(middle)]
-    assert not merging.tidy(kit.store, middle, head)
+    assert not merging.tidy(kit.store, middle, head, is_held=lambda: True)
     assert kit.store.markers(middle) == [records.child_marker(head)]
 
 
@@ -347,7 +347,7 @@ def test_merge_of_a_dead_process_is_not_undone_while_its_daemon_may_write(kit: K
     begin(kit, plan)
     with written_by_a_lost_node(kit, plan.child):
         with pytest.raises(Busy, match="open for writing"):
-            merging.resume(kit.store, tools(), plan.layer)
+            merging.resume(kit.store, tools(), plan.layer, is_held=lambda: True)
         assert kit.store.layer(plan.layer).merge is not None
     kit.sweep_until_quiet()
     assert kit.store.layer(plan.layer).merge is None

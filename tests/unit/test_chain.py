@@ -44,3 +44,16 @@ def test_chain_with_growing_sizes_is_given() -> None:
 def test_chain_that_does_not_hold_together_is_corrupt(layers: list[LayerRecord], named: str) -> None:
     with pytest.raises(Corrupt, match=f"layer {named}"):
         walk("b", layers)
+
+
+def test_merge_that_is_committed_between_two_reads_is_no_damage() -> None:
+    before = {one.id: one for one in (layer("a", None), layer("b", "a"), layer("c", "b"))}
+    after = {one.id: one for one in (layer("a", None), layer("c", "a"))}
+    reads: list[str] = []
+
+    def find(layer_id: str) -> LayerRecord | None:
+        reads.append(layer_id)
+        return (before if len(reads) == 1 else after).get(layer_id)
+
+    assert [one.id for one in chain_of("c", find)] == ["c", "a"]
+    assert reads == ["c", "b", "c", "a"]
