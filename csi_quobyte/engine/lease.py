@@ -11,6 +11,7 @@ that changes by compare-and-set, and its holder renews it. What it runs it runs 
 The rest of the time is for what the kernels still have under way. All clocks go on while a machine is suspended.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from csi_quobyte.errors import Busy, Corrupt, DriverError
 from csi_quobyte.pool import records
 from csi_quobyte.pool.records import LeaseRecord
 from csi_quobyte.pool.store import Store
+
+log = logging.getLogger(__name__)
 
 LEASE_S = 120.0
 """A lease that is not renewed for so long, by the clock of who wants it, is another's to take."""
@@ -50,7 +53,9 @@ class Lease:
             began = self._clock()
             try:
                 self._record = self._take(store)
-            except (Busy, Corrupt):
+            except (Busy, Corrupt) as error:
+                if isinstance(error, Corrupt):
+                    log.error("nothing is merged, and no merge is ended, while the lease cannot be read: %s", error)
                 self._record = None
             if self._record:
                 self._renewed_at = began  # what is written later counts from before

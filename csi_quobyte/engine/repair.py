@@ -50,6 +50,7 @@ Step = Literal["rebuild-record", "make-marker", "set-backing-name", "free-cluste
 _ROUNDS_AT_MOST = 6
 _PATIENCE_S = 15.0  # for others that hold a lock or the lease
 _PAUSE_S = 0.5
+_IMAGE_TIMEOUT_S = 80.0  # together with what may have passed since the last renewal of the lease well below its end
 _LOCKS_AT_MOST = 400  # each is an open file
 # What has to be right before something else can be judged comes first.
 _ORDER: tuple[Step, ...] = ("rebuild-record", "make-marker", "set-backing-name", "free-clusters")
@@ -177,26 +178,27 @@ def _round(
 ) -> list[tuple[Finding, _Task, DriverError | None]]:
     """Attempt something about each finding; gives what, and why it failed if it did."""
     attempted: list[tuple[Finding, _Task, DriverError | None]] = []
-    with _alone(store):
+    with _alone(store) as lease:
         found = index_module.read(store)
         tasks = [(finding, _task(store, tools, found, finding)) for finding in findings]
         for step in _ORDER:
             for finding, task in tasks:
                 if task.step == step:
-                    attempted.append((finding, task, _attempt(store, found, task)))
+                    attempted.append((finding, task, _attempt(store, found, task, lease)))
         attempted += [(finding, task, None) for finding, task in tasks if task.step == "none"]
     collected = [(finding, task) for finding, task in tasks if task.step == "collect"]
     failure = _collect(store, tools) if collected else None
     return attempted + [(finding, task, failure) for finding, task in collected]
 
 
-def _attempt(store: Store, found: Index, task: _Task) -> DriverError | None:
+def _attempt(store: Store, found: Index, task: _Task, lease: Lease) -> DriverError | None:
     """Do one task if nothing that it was decided by has changed; gives why not."""
     try:
         with ExitStack() as stack:
             for name in sorted(task.locks):
                 stack.enter_context(store.lock(name))
             _check_unchanged(store, found, task.locks)
+            _hold(lease, store)  # each task takes less than what is left of the lease after that
             task.work()
     except DriverError as error:
         return error
@@ -222,7 +224,7 @@ def _check_unchanged(store: Store, found: Index, record_ids: Iterable[str]) -> N
 
 
 @contextmanager
-def _alone(store: Store) -> Iterator[None]:
+def _alone(store: Store) -> Iterator[Lease]:
     """Keep the collector and merges of this pool out for a while.
 
     Raises:
@@ -233,7 +235,7 @@ def _alone(store: Store) -> Iterator[None]:
         _until_free(lambda: _hold(lease, store))
         with ExitStack() as stack:
             _until_free(lambda: stack.enter_context(store.lock(records.LEASE_ID)))
-            yield
+            yield lease
     finally:
         lease.release(store)
 
@@ -456,7 +458,7 @@ def _freeing(store: Store, tools: QemuTools, found: Index, finding: Finding) -> 
         _check_same_markers(store, found, layer.id)
         store.check_not_written(layer)
         images.read_header(store, layer)
-        qemu_img.free_leaks(tools, store.image_path(layer))
+        qemu_img.free_leaks(tools, store.image_path(layer), timeout_s=_IMAGE_TIMEOUT_S)
 
     return _Task("free-clusters", finding.detail, _idle(found, layer.id), work)
 

@@ -9,6 +9,7 @@ from controller_kit import Kit, tools
 
 from csi_quobyte.config import PoolSpec
 from csi_quobyte.engine import collector as collector_module
+from csi_quobyte.engine import lease as lease_module
 from csi_quobyte.engine import merger as merger_module
 from csi_quobyte.engine import merging
 from csi_quobyte.engine.collector import Collector
@@ -166,3 +167,24 @@ def test_another_holder_of_the_lease_merges_alone(
     assert depth(kit) == 2
     holder.release(elsewhere)
     wait_for("the merge", lambda: depth(kit) == 1, timeout_s=DEADLINE_S)
+
+
+def test_merge_of_a_host_that_is_gone_is_ended_as_soon_as_its_lease_is_over(
+    kit: Kit, start: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Volumes above cannot be staged until then: it must not take another look at the whole pool."""
+    monkeypatch.setattr(lease_module, "LEASE_S", 2.0)
+    monkeypatch.setattr(merger_module, "AGAIN_AFTER_S", 0.5)
+    layer_id = two_layers(kit)
+    (plan,) = kit.plans()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Store, "place", "another boot id")
+        gone = Store(kit.store.root)
+        assert Lease().hold(gone)
+        answers = iter([True])
+        with pytest.raises(jobs.Stopped):
+            merging.merge(gone, tools(), plan, is_held=lambda: next(answers, False))
+    assert kit.store.layer(layer_id).merge
+    start(merges=False)
+    wait_for("the end of the merge", lambda: kit.store.layer(layer_id).merge is None, timeout_s=DEADLINE_S)
+    assert kit.holds("v", 1, 2)

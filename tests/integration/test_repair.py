@@ -25,9 +25,11 @@ from test_crash_merges import EVERY, SEED
 from test_crash_steps import Runner
 from test_merging import begin, two_layers
 
+from csi_quobyte.engine import index
 from csi_quobyte.engine import repair as repairing
+from csi_quobyte.engine.lease import _RENEW_S, LEASE_S, Lease
 from csi_quobyte.engine.repair import Outcome
-from csi_quobyte.errors import Corrupt
+from csi_quobyte.errors import Busy, Corrupt
 from csi_quobyte.host import qemu_img
 from csi_quobyte.pool import records
 from csi_quobyte.pool import store as store_module
@@ -450,6 +452,20 @@ def test_volume_that_is_attached_after_the_decision_is_left(kit: Kit, monkeypatc
         (action,) = repair(kit).actions
     assert (action.done, "changed by another operation" in action.reason) == (False, True)
     assert image(kit, "v").read_bytes() == before
+
+
+def test_nothing_more_is_repaired_once_another_process_merges(kit: Kit) -> None:
+    """An image may have taken longer than the lease; the next one is left alone then."""
+    elsewhere, mine, others = Store(kit.store.root), Lease(), Lease()
+    found, done = index.read(kit.store), []
+    task = repairing._Task("free-clusters", "", work=lambda: done.append(1))
+    assert mine.hold(kit.store)
+    assert repairing._attempt(kit.store, found, task, mine) is None
+    mine.release(kit.store)
+    assert others.hold(elsewhere)
+    assert isinstance(repairing._attempt(kit.store, found, task, mine), Busy)
+    assert done == [1]
+    assert repairing._IMAGE_TIMEOUT_S + _RENEW_S < LEASE_S
 
 
 def test_half_done_merge_is_ended(kit: Kit) -> None:
