@@ -33,8 +33,10 @@ from csi_quobyte.pool.records import (
     LayerState,
     R,
     SnapshotState,
+    VolumeRecord,
     VolumeState,
     is_layer_id,
+    layer_of,
     parse_id,
     parse_marker,
     parse_trash_id,
@@ -112,6 +114,7 @@ class _Users:
 
     volumes: set[str] = field(default_factory=set)
     snapshots: set[str] = field(default_factory=set)
+    trashed: set[str] = field(default_factory=set)
     unknown: set[str] = field(default_factory=set)
 
 
@@ -489,7 +492,10 @@ def _idle(found: Index, layer_id: str) -> frozenset[str]:
     if users.unknown:
         raise _InUse(f"{min(users.unknown)} refers to it and cannot be read: it may be in use")
     _check_detached(found, users.volumes)
-    names = users.volumes | users.snapshots
+    trashed = [found.trash[entry_id] for entry_id in users.trashed]
+    if any(isinstance(entry, VolumeRecord) and is_in_grace(entry) for entry in trashed):
+        raise _InUse("a volume that lies on it was deleted a moment ago: its node may have been lost, and still write")
+    names = users.volumes | users.snapshots | {entry.id for entry in trashed}
     if len(names) > _LOCKS_AT_MOST:
         raise Uncertain(f"{len(names)} volumes and snapshots lie on it, too many to keep all of them still")
     return frozenset(names)
@@ -512,6 +518,7 @@ def _users(found: Index, layer_id: str) -> _Users:
         if above & {volume.head, volume.parent, volume.source_next}:
             users.volumes |= {volume.id} | ({volume.source.id} if volume.source_next and volume.source else set())
     users.snapshots |= {one.id for one in found.snapshots.values() if above & {one.layer, one.next, one.cache}}
+    users.trashed |= {entry_id for entry_id, entry in found.trash.items() if layer_of(entry) in above}
     return users
 
 

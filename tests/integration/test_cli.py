@@ -362,6 +362,28 @@ def test_check_that_finds_something_ends_with_1(machine: Machine) -> None:
         record.write_bytes(whole)
 
 
+def test_check_repairs_next_to_the_running_controller(machine: Machine) -> None:
+    """A lost marker of the volume that is attached, and what a crash has left, through the mount of the controller."""
+    volume = next(row["id"] for row in printed(machine, "ls")["objects"] if row["name"] == "restored")
+    (marker,) = machine.directories["main"].glob(f"layers/*/*.refs/v-{volume}-*")
+    marker.unlink()
+    stray = machine.directories["main"] / "layers" / "ab" / f"ab{'0' * 22}.raw"
+    stray.touch()
+    arguments = ("check", *machine.pool_arguments, "--qemu-dir", QEMU_DIR, "--repair")
+    assert csi_quobyte(*arguments).returncode == 1
+    assert stray.exists()
+    assert not marker.exists()
+    done = csi_quobyte(*arguments, "--yes", "--json")
+    assert done.returncode == 0, done
+    first = json.loads(done.stdout.splitlines()[0])
+    assert {(one["kind"], one["done"]) for one in first["repair"]["actions"]} == {
+        ("missing-marker", True),
+        ("orphan-file", True),
+    }
+    assert marker.exists()
+    assert not stray.exists()
+
+
 def test_doctor(machine: Machine) -> None:
     done = csi_quobyte("doctor", *machine.pool_arguments, "--qemu-dir", QEMU_DIR, "--json")
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}

@@ -6,12 +6,14 @@ Axes: the kind of damage; how much of a torn record is left; who uses the image;
 import hashlib
 import json
 import os
+import pty
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -381,6 +383,38 @@ def test_torn_content_note_is_never_removed(kit: Kit) -> None:
     assert note.read_bytes() == b"{"
 
 
+def test_what_is_in_the_trash_is_repaired_and_can_be_restored(kit: Kit) -> None:
+    kit.create("v", on_delete="trash")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    kit.write("v", 2, block=1)
+    head, base = kit.chain("v")
+    put_other_backing_name(kit)
+    kit.delete("v")
+    entry = kit.store.find_trashed(kit.trashed("v"))
+    assert entry
+    kit.store.unmark(head.id, records.marker_of(entry))
+    tear(kit, "layers", base.id)
+    assert repair(kit).after.findings == []
+    tear(kit, "layers", head.id)
+    assert repair(kit).after.findings == []
+    assert same(kit.store.layer(head.id), head)
+    kit.restore(kit.trashed("v"), "again")
+    assert kit.holds("again", 1, 2)
+
+
+def test_torn_entry_of_the_trash_is_left_for_a_purge(kit: Kit) -> None:
+    kit.create("v", on_delete="trash")
+    kit.write("v", 1)
+    kit.delete("v")
+    (entry,) = Path(kit.store.root, "trash").glob("*.json")
+    entry.write_bytes(entry.read_bytes()[:50])
+    before = every_byte(kit.store.root)
+    (action,) = repair(kit).actions
+    assert (action.kind, action.action, "purge" in action.reason) == ("unreadable-record", "none", True)
+    assert every_byte(kit.store.root) == before
+
+
 # --- who is in the way -----------------------------------------------------------------------------------------
 
 
@@ -579,3 +613,28 @@ def test_command_says_what_it_would_do_and_does_it_when_told(kit: Kit) -> None:
     assert (did["repair"]["dry_run"], did["repair"]["actions"][0]["done"], did["findings"]) == (False, True, [])
     again = command(kit, "--repair", "--yes")
     assert (again.returncode, "no findings" in again.stdout) == (0, True), again
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_command_asks_a_terminal(kit: Kit, answer: str) -> None:
+    two_disks(kit)
+    put_other_backing_name(kit)
+    before = image(kit, "v").read_bytes()
+    ours, terminal = pty.openpty()
+    argv = [sys.executable, "-m", "csi_quobyte", "check", "--pool", f"main={kit.store.root}", "--require-mount", "any"]
+    with subprocess.Popen(
+        [*argv, "--qemu-dir", QEMU_DIR, "--repair"], stdin=terminal, stdout=terminal, stderr=terminal
+    ) as process:
+        os.close(terminal)
+        said = b""
+        while b"[y/N]" not in said:
+            said += os.read(ours, 4096)
+        assert image(kit, "v").read_bytes() == before
+        os.write(ours, answer.encode() + b"\n")
+        with suppress(OSError):  # how a terminal ends whose last process has ended
+            while os.read(ours, 4096):
+                pass
+        assert process.wait(60) == (0 if answer == "y" else 1)
+    os.close(ours)
+    assert (image(kit, "v").read_bytes() == before) == (answer == "n")
+    assert bool(kit.check()) == (answer == "n")
