@@ -20,6 +20,7 @@ from csi_quobyte.pool.pace import no_pace
 from csi_quobyte.pool.records import (
     Deletable,
     LayerRecord,
+    LayerState,
     Marker,
     SnapshotRecord,
     VolumeRecord,
@@ -128,6 +129,14 @@ class Index:
         return frozenset(held) | self.intended_layers
 
     @cached_property
+    def lost_layers(self) -> frozenset[str]:
+        """The layer ids that another layer names as its parent and that have no record (or just lose it in a merge):
+        what they lie on is kept, and so is what they are.
+        """
+        alive = (layer for layer in self.layers.values() if layer.state is not LayerState.RETIRED)
+        return frozenset(layer.parent for layer in alive if layer.parent and layer.parent not in self.layers)
+
+    @cached_property
     def merge_markers(self) -> frozenset[tuple[str, str]]:
         """The pairs (layer id, child id) of parents that merges under way are about to give to a child."""
         noted = [layer.merge for layer in self.layers.values() if layer.merge]
@@ -161,7 +170,8 @@ class Index:
                 is_whole = child is not None and child.parent is None
                 is_held = marker.id in (self.intended_layers if is_whole else self.held_layers)
                 is_parent = child is not None and child.parent == layer_id
-                return is_parent or is_held or (layer_id, marker.id) in self.merge_markers
+                is_lost = marker.id in self.lost_layers
+                return is_parent or is_held or is_lost or (layer_id, marker.id) in self.merge_markers
             case "s":
                 snapshot = self.snapshots.get(marker.id)
                 if snapshot is None or snapshot.uid != marker.uid:

@@ -91,6 +91,29 @@ def test_layer_whose_marker_was_lost_is_kept(kit: Kit) -> None:
     assert kit.findings() == {"missing-marker"}
 
 
+@pytest.mark.parametrize("position", [0, 1, 2, 3])
+def test_layer_whose_record_was_lost_keeps_what_it_lies_on(kit: Kit, position: int) -> None:
+    """Also one in the middle, which only its child names: its parent's marker of it is not left over."""
+    kit.create("v")
+    for number in (1, 2, 3):
+        kit.write("v", number, block=number - 1)
+        kit.snapshot(f"s{number}", of="v")
+    kit.write("v", 4, block=3)
+    for number in (1, 2, 3):
+        kit.delete_snapshot(f"s{number}")
+    chain = kit.chain("v")
+    path = record_of(kit, "layers", chain[position].id)
+    text = path.read_bytes()
+    path.unlink()
+    for _ in range(3):
+        collector.sweep(kit.store)
+    assert "missing-layer" in kit.findings()
+    path.write_bytes(text)
+    assert kit.chain("v") == chain
+    assert kit.holds("v", 1, 2, 3, 4)
+    assert kit.findings() == set()
+
+
 # --- damaged records -------------------------------------------------------------------------------------------
 
 
