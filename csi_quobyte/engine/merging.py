@@ -54,6 +54,9 @@ _FLAT_DEPTH = SOFT_DEPTH // 2  # so that not every further snapshot makes the ne
 _CHEAP_BYTES = 256 << 20  # moved without asking what it frees: a second of work, and mkfs.xfs alone writes 64 MiB
 _SPARE_BYTES = 64 << 20  # left to those who write, besides what a merge may take before it frees anything
 _LOOK_EVERY_S = 0.25  # how long somebody who wants the volume may wait for a job's end
+SETTLE_S = 2.0
+"""So long after a note the data is left where it is: a client may show records and names as they were a second ago, so
+that who wants the chain and the merge could miss each other."""
 GRACE_S = 60.0
 """So long after a detachment a volume is left alone: a node from which it was taken by force may write until it is
 fenced (20 s), and the clocks of two hosts differ."""
@@ -176,6 +179,7 @@ def merge(
     try:
         if not _is_free(store, layer, noted):
             return False
+        _settle(store, layer, noted, lambda: is_held() and may_go_on())
         _move(store, tools, layer, noted, lambda: is_held() and may_go_on(), speed_bytes_per_s)
         _commit(store, layer, noted, is_held)
         return True
@@ -216,6 +220,19 @@ def _is_free(store: Store, layer: LayerRecord, noted: Merge) -> bool:
     if child.state is LayerState.HEAD and not _has_quiet_owner(store, child):
         return False
     return not _is_in_use(store, child.id)
+
+
+def _settle(store: Store, layer: LayerRecord, noted: Merge, may_go_on: Ask) -> None:
+    """Wait until every client shows the note, and who came before it is shown here.
+
+    Raises:
+        Stopped: somebody wants the layer, or `may_go_on` said no.
+    """
+    until = time.monotonic() + SETTLE_S
+    while (left_s := until - time.monotonic()) > 0:
+        time.sleep(min(left_s, _LOOK_EVERY_S))
+        if not may_go_on() or not _is_free(store, layer, noted):
+            raise jobs.Stopped(f"the {noted.kind} merge of layer {layer.id} steps back before it has begun")
 
 
 def _has_quiet_owner(store: Store, head: LayerRecord) -> bool:

@@ -182,7 +182,7 @@ class Node:
             self._attached(store, volume.id, attachment.generation)
 
         self._expel_stale(key, attachment, request.staging_path)
-        device = self._ensure_device(store, volume, attachment, request.staging_path)
+        device = self._ensure_device(store, volume, attachment, request.staging_path, check_attached)
         check_attached()
         if volume.access_type == "block":
             _note_raw_use(store, volume, attachment)
@@ -271,7 +271,12 @@ class Node:
         raise _StaleError(f"volume {volume_id} is not attached to node {self._node_id}")
 
     def _ensure_device(
-        self, store: Store, volume: VolumeRecord, attachment: Attachment, staging_path: str
+        self,
+        store: Store,
+        volume: VolumeRecord,
+        attachment: Attachment,
+        staging_path: str,
+        check_attached: Callable[[], None],
     ) -> LoopDevice:
         """Make the volume's block device from exactly the recorded chain, at least as large as the record says."""
         chain = chain_of(volume.head, store.find_layer)
@@ -288,6 +293,7 @@ class Node:
             self._notes.put(key, note)
             store.check_not_written(chain[0])
             if not read_only:
+                check_attached()  # to grow an image is to write it: it may be frozen, merged or another node's by now
                 store.grow_raw_image(chain[0], volume.size_bytes)
             backing = store.image_path(chain[0])
         else:
@@ -297,6 +303,7 @@ class Node:
             daemon = self._daemons.ensure(key)
             daemon.ensure_open(_image_layers(store, chain), read_only=read_only)
             if not read_only:
+                check_attached()
                 daemon.resize(volume.size_bytes)
             backing = daemon.ensure_fuse_export(writable=not read_only)
         present = loop.find(tag)

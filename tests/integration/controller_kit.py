@@ -46,6 +46,8 @@ _QEMU_IO_TIMEOUT_S = 20
 
 # No test of this process detaches a volume from a node that is lost; test_merging has one that says it does.
 merging.GRACE_S = 0.0
+# Nor do its stores have caches between them; test_merging_late has one that does.
+merging.SETTLE_S = 0.0
 
 # a file's kind and size, a directory's children do not count
 Tree = dict[str, str]

@@ -421,6 +421,30 @@ def test_a_formatting_note_of_another_attachment_does_not_license_mkfs(hosts: Ho
     assert hosts.machine.leftovers() == []
 
 
+@pytest.mark.parametrize("data_path", ["fuse", "loop"])
+def test_a_stage_that_hung_does_not_grow_what_is_not_its_node_s_any_more(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch, data_path: str
+) -> None:
+    """A chain that was read before the volume was taken away may be merged since, and its head written elsewhere."""
+    a = hosts.a
+    volume = a.kit.create("v", **BLOCK, image_format="raw", data_path=data_path)
+    head = a.kit.store.layer(volume.head)
+    generation = a.attach(volume)
+    a.kit.expand("v", 2 * 64 * MIB)
+    plain = images.check_chain
+
+    def hang(store: Store, chain: Any) -> None:
+        plain(store, chain)
+        hosts.b.kit.detach("v", node="a")
+        hosts.agree()
+
+    monkeypatch.setattr(images, "check_chain", hang)
+    with pytest.raises(Refused, match="not attached"):
+        a.stage(volume, generation)
+    assert images.virtual_size_bytes(a.kit.store, head) == 64 * MIB
+    assert hosts.machine.leftovers() == []
+
+
 # --- failed stages ---------------------------------------------------------------------------------------------
 
 

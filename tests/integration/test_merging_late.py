@@ -3,6 +3,7 @@
 As in test_merging_interleavings, two processes without common locks are two stores of one directory.
 """
 
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from test_merging_interleavings import _no_lock, begin, is_clean, other, three_l
 from csi_quobyte.engine import collector, index, layers, merger, merging
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.errors import Busy
-from csi_quobyte.pool.records import LayerState, SnapshotState, child_marker
+from csi_quobyte.host import jobs
+from csi_quobyte.pool.records import LayerState, SnapshotState, VolumeRecord, child_marker
 from csi_quobyte.pool.store import Store
 
 
@@ -207,3 +209,27 @@ def test_flattening_over_a_freeze_that_a_crash_has_left_waits_for_its_end(kit: K
     assert kit.snapshot_holds("late", 99, 2, 3)
     assert kit.holds("v", 99, 2, 3)
     assert is_clean(kit)
+
+
+def test_attachment_that_a_cache_hides_for_a_second_is_seen_before_data_is_moved(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node stages by records that do not show the note yet, and the merger looks at one without the attachment."""
+    plan = above_a_snapshot(kit)
+    moved = []
+    monkeypatch.setattr(merging, "SETTLE_S", 0.6)
+    monkeypatch.setattr(merging.jobs, "stream_up", lambda *_, **__: moved.append(1))
+    plain, volume_id, since = Store.find_volume, kit.volume_id("v"), time.monotonic()
+    old = kit.store.volume(volume_id)
+    kit.attach("v")
+
+    def cached(store: Store, record_id: str) -> VolumeRecord | None:
+        is_old = record_id == volume_id and time.monotonic() - since < 0.3
+        return old if is_old else plain(store, record_id)
+
+    monkeypatch.setattr(Store, "find_volume", cached)
+    since = time.monotonic()
+    with pytest.raises(jobs.Stopped):
+        kit.merge(plan)
+    assert not moved
+    assert kit.store.layer(plan.layer).merge is None
