@@ -54,8 +54,9 @@ faults: setup ## every operation with every call on the pool's files failing, it
 	  tests/integration/test_faults_of_the_server.py tests/integration/test_faults_full_pool.py
 
 crash: setup ## every operation and merge killed before each durable step, and 30 times in each kind of merge
-	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 3600 crash -- \
-	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py tests/integration/test_crash_merges.py \
+	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 7200 crash -- \
+	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py \
+	  tests/integration/test_crash_states.py tests/integration/test_crash_merges.py \
 	  tests/integration/test_repair.py::test_repair_that_is_killed_before_a_step_is_ended_by_the_next_one
 
 soak: setup ## 500 random histories of 30 calls with one controller and with two, killed now and then (SEED=... as printed)

@@ -24,7 +24,7 @@ from csi_quobyte.engine import collector, layers, repair
 from csi_quobyte.host import command
 from csi_quobyte.operations import volumes
 from csi_quobyte.pool import store as store_module
-from csi_quobyte.pool.records import LayerRecord, VolumeRecord, VolumeState, volume_marker
+from csi_quobyte.pool.records import LayerRecord, VolumeRecord, VolumeState, trash_id, volume_marker
 from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store
@@ -60,6 +60,23 @@ OPERATIONS: dict[str, Callable[[Kit], object]] = {
     "expand": lambda kit: kit.expand("v", 2 * SIZE_BYTES),
     "drop": drop_released,
     "sweep": lambda kit: collector.sweep(kit.store),
+}
+
+
+def entries_of(kit: Kit, name: str) -> list[str]:
+    """The ids of what is in the trash and had a CSI name; none when a call before this one has done its work."""
+    found = [entry for entry in map(kit.store.find_trashed, kit.store.trash_ids()) if entry]
+    return [trash_id(entry) for entry in found if entry.name == name]
+
+
+# k and its snapshot ks go to the trash when they are deleted; tv and ts are in it.
+TRASH: dict[str, Callable[[Kit], object]] = {
+    "trash volume": lambda kit: kit.delete("k"),
+    "trash snapshot": lambda kit: kit.delete_snapshot("ks"),
+    "restore volume": lambda kit: [kit.restore(entry_id) for entry_id in entries_of(kit, "tv")],
+    "restore snapshot": lambda kit: [kit.restore(entry_id) for entry_id in entries_of(kit, "ts")],
+    "purge volume": lambda kit: [kit.purge(entry_id) for entry_id in entries_of(kit, "tv")],
+    "purge snapshot": lambda kit: [kit.purge(entry_id) for entry_id in entries_of(kit, "ts")],
 }
 
 
@@ -171,7 +188,7 @@ def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
     elif operation in MERGES:
         merge(kit, operation, in_job)
     else:
-        OPERATIONS[operation](kit)
+        (OPERATIONS | TRASH)[operation](kit)
 
 
 def wait_in_job(child: int, report: int, in_job_s: float) -> int | None:
