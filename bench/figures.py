@@ -117,7 +117,7 @@ def show(rows: Sequence[Row], described: Mapping[str, str | int], *, as_json: bo
     if as_json:
         click.echo(json.dumps({"environment": described, "rows": as_objects(rows)}, indent=1))
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 190)
     console.print(as_table(rows))
     console.print("\n" + ", ".join(f"{name} {value}" for name, value in described.items()), soft_wrap=True)
     console.print("Ratios compare inside this run only; bench/README.md says how each figure is taken.", soft_wrap=True)

@@ -8,7 +8,6 @@ measured alternately, so that a machine that gets slower meanwhile slows both. D
 """
 
 import argparse
-import contextlib
 import cProfile
 import itertools
 import os
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ sys.path[:0] = [
 ]  # started by its path, from a tree as it is
 
 from figures import MIB, Row, environment, ratio, show, timed_ms  # noqa: E402
+from speed import floor, floor_directory, measure_speed  # noqa: E402
 
 from csi_quobyte.engine.copying import Copier  # noqa: E402
 from csi_quobyte.host.qemu import find_tools  # noqa: E402
@@ -50,8 +50,8 @@ from csi_quobyte.pool.store import Store  # noqa: E402
 from lab.client import Client, mount_capability  # noqa: E402
 from lab.machine import GIB, QEMU_DIR, Machine, Process, run, wait_for  # noqa: E402
 
-LARGE_BYTES = 100 * GIB
-FLOOR_BYTES = 1024
+LARGE_BYTES = 1024 * GIB
+MANY_SNAPSHOTS = 25
 COLLECT_TIMEOUT_S = 60.0
 EXT4 = mount_capability("ext4")
 PROFILED_CALLS = 200
@@ -65,41 +65,11 @@ class Counts:
     create: int
     snapshot: int
     predecessor: int
+    calls: int
     attach: int
 
 
-# --- the floor, and what the driver does against it --------------------------------------------------------------
-
-
-def floor(directory: Path, number: int) -> None:
-    """Make two small files durable: the least that a volume with an image and a record can cost."""
-    for name in (f"image-{number}", f"record-{number}"):
-        temporary = directory / f"{name}.tmp"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, b"x" * FLOOR_BYTES)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        temporary.rename(directory / name)
-        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory_fd)
-        finally:
-            os.close(directory_fd)
-
-
-@contextlib.contextmanager
-def floor_directory(pool: Path) -> Iterator[Path]:
-    """A directory in the pool, so on the same file system and mount, for the floor's files; removed afterwards."""
-    directory = pool / "bench-floor"
-    directory.mkdir()
-    try:
-        yield directory
-    finally:
-        for path in directory.iterdir():
-            path.unlink()
-        directory.rmdir()
+# --- creating and deleting ---------------------------------------------------------------------------------------
 
 
 def wait_until_collected(machine: Machine) -> None:
@@ -128,12 +98,12 @@ def measure_create(machine: Machine, client: Client, count: int, group: str) -> 
     with floor_directory(machine.pool_path) as directory:
         made: list[str] = []
         for number in range(count + 1):
-            floors.append(timed_ms(partial(floor, directory, number)))
+            floors.append(timed_ms(partial(floor, directory, str(number), 2)))
             calls.append(timed_ms(lambda: client.identity.GetPluginInfo(probe, timeout=10)))
             creates.append(timed_ms(partial(create_into, made, client, f"v{number}")))
         delete_floors: list[float] = []
         for number, volume_id in enumerate(made, start=count + 1):
-            delete_floors.append(timed_ms(partial(floor, directory, number)))
+            delete_floors.append(timed_ms(partial(floor, directory, str(number), 2)))
             deletes.append(timed_ms(partial(client.delete, volume_id)))
     wait_until_collected(machine)
     floors, creates, calls, deletes, delete_floors = (
@@ -180,29 +150,41 @@ def write_into_head(store: Store, volume_id: str, size_bytes: int) -> None:
     run(QEMU_DIR / "qemu-io", "-f", "qcow2", *options, path)
 
 
-def snapshot_series(store: Store, client: Client, size_bytes: int) -> SnapshotTimes:
-    """Snapshot a written volume, restore the snapshot, write again and clone the volume; delete all of it."""
+def snapshot_series(store: Store, client: Client, size_bytes: int, snapshots: int) -> SnapshotTimes:
+    """Snapshot a written volume, restore the snapshot, write again and clone the volume; delete all of it.
+
+    The snapshot that is measured is the volume's `snapshots`th.
+    """
     source = client.create("source", size_bytes).volume_id
+    taken: list[str] = []
+    for number in range(snapshots - 1):
+        write_into_head(store, source, size_bytes)
+        snapshot_into(taken, client, f"earlier-{number}", source)
     write_into_head(store, source, size_bytes)
     made: list[str] = []
-    snapshot_ms = timed_ms(partial(snapshot_into, made, client, "snapshot", source))
-    restore_ms = timed_ms(lambda: made.append(client.create("restored", size_bytes, snapshot=made[0]).volume_id))
+    snapshot_ms = timed_ms(partial(snapshot_into, taken, client, "snapshot", source))
+    restore_ms = timed_ms(lambda: made.append(client.create("restored", size_bytes, snapshot=taken[-1]).volume_id))
     write_into_head(store, source, size_bytes)
     clone_ms = timed_ms(lambda: made.append(client.create("clone", size_bytes, volume=source).volume_id))
-    client.delete_snapshot(made[0])
-    for volume_id in (*made[1:], source):
+    for snapshot_id in taken:
+        client.delete_snapshot(snapshot_id)
+    for volume_id in (*made, source):
         client.delete(volume_id)
     return SnapshotTimes(snapshot_ms, restore_ms, clone_ms)
 
 
 def measure_snapshots(machine: Machine, client: Client, count: int) -> list[Row]:
-    """Compare copy-on-write operations of a large volume with those of a small one; the first series is not counted."""
+    """Compare copy-on-write operations of a large volume, and of one with many snapshots, with those of a small one.
+
+    The first series is not counted.
+    """
+    cases = {"1 GiB": (GIB, 1), "1 TiB": (LARGE_BYTES, 1), f"1 GiB, snapshot {MANY_SNAPSHOTS}": (GIB, MANY_SNAPSHOTS)}
+    series: dict[str, list[SnapshotTimes]] = {case: [] for case in cases}
     store = Store(str(machine.pool_path))
-    series: dict[int, list[SnapshotTimes]] = {GIB: [], LARGE_BYTES: []}
     try:
         for _ in range(count + 1):
-            for size_bytes, results in series.items():
-                results.append(snapshot_series(store, client, size_bytes))
+            for case, (size_bytes, snapshots) in cases.items():
+                series[case].append(snapshot_series(store, client, size_bytes, snapshots))
                 wait_until_collected(machine)
     finally:
         store.close()
@@ -212,79 +194,22 @@ def measure_snapshots(machine: Machine, client: Client, count: int) -> list[Row]
         ("CreateVolume from a snapshot (restore)", "restore_ms"),
         ("CreateVolume from a written volume (clone)", "clone_ms"),
     ):
-        small, large = ([getattr(one, field) for one in series[size][1:]] for size in (GIB, LARGE_BYTES))
-        rows.append(Row("copy on write", f"{what}, 1 GiB", tuple(small)))
-        rows.append(
+        samples = {case: [getattr(one, field) for one in done[1:]] for case, done in series.items()}
+        base = samples["1 GiB"]
+        rows.append(Row("copy on write", f"{what}, 1 GiB", tuple(base)))
+        rows += [
             Row(
                 "copy on write",
-                f"{what}, 100 GiB",
-                tuple(large),
-                ratio=ratio(large, small),
+                f"{what}, {case}",
+                tuple(times),
+                ratio=ratio(times, base),
                 ratio_to="1 GiB",
                 wanted="about 1",
             )
-        )
+            for case, times in samples.items()
+            if case != "1 GiB"
+        ]
     return rows
-
-
-# --- the predecessor ---------------------------------------------------------------------------------------------
-
-
-def predecessor_create(directory: Path, name: str) -> None:
-    """What the predecessor runs to create a qcow2 volume of 1 GiB (two processes)."""
-    path = directory / name
-    run(QEMU_DIR / "qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, str(GIB))
-    run("chmod", "ugo+rw", path)
-
-
-def predecessor_snapshot(directory: Path, base: str, overlay: str) -> None:
-    """What the predecessor runs to snapshot a detached volume that has snapshots already (four processes)."""
-    qemu_img, backing, path = QEMU_DIR / "qemu-img", directory / base, directory / overlay
-    run(qemu_img, "info", "--force-share", "-f", "qcow2", "--output=json", backing)
-    run(qemu_img, "create", "-q", "-f", "qcow2", "-o", f"backing_file={backing},backing_fmt=qcow2", path, str(GIB))
-    run(qemu_img, "rebase", "-u", "-b", base, "-F", "qcow2", path)
-    run("chmod", "ugo+rw", path)
-
-
-def measure_predecessor(directory: Path, client: Client, machine: Machine, count: int) -> list[Row]:
-    """Replay the predecessor's commands on the same disk, alternating with the driver's own operations."""
-    directory.mkdir()
-    starts: list[float] = []
-    creates: list[float] = []
-    snapshots: list[float] = []
-    ours_create: list[float] = []
-    ours_snapshot: list[float] = []
-    store = Store(str(machine.pool_path))
-    for number in range(count + 1):
-        starts.append(timed_ms(lambda: run(QEMU_DIR / "qemu-img", "--version")))
-        creates.append(timed_ms(partial(predecessor_create, directory, f"v{number}")))
-        snapshots.append(timed_ms(partial(predecessor_snapshot, directory, f"v{number}", f"s{number}")))
-        made: list[str] = []
-        ours_create.append(timed_ms(partial(create_into, made, client, "ours")))
-        write_into_head(store, made[0], GIB)
-        ours_snapshot.append(timed_ms(partial(snapshot_into, made, client, "ours", made[0])))
-        client.delete_snapshot(made[1])
-        client.delete(made[0])
-        wait_until_collected(machine)
-    store.close()
-    starts, creates, snapshots = starts[1:], creates[1:], snapshots[1:]
-    return [
-        Row("predecessor", "start of qemu-img (--version), for subtracting", tuple(starts)),
-        Row(
-            "predecessor",
-            "create: qemu-img create, chmod",
-            tuple(creates),
-            ratio=ratio(creates, ours_create[1:]),
-            ratio_to="our CreateVolume",
-        ),
-        Row(
-            "predecessor",
-            "snapshot: qemu-img info, create, rebase -u, chmod",
-            tuple(snapshots),
-            ratio=ratio(snapshots, ours_snapshot[1:]),
-            ratio_to="our CreateSnapshot",
-        ),
-    ]
 
 
 # --- attach ------------------------------------------------------------------------------------------------------
@@ -375,7 +300,9 @@ def measure(base: Path, counts: Counts, progress: Callable[[str], None]) -> list
     """Measure everything below `base`, an empty directory, and give the rows."""
     progress("a pool on a plain directory")
     with Machine(base / "p", standin=False) as machine:
-        machine.start()
+        # merges would come between the calls that are measured, and are not what is compared
+        machine.start_controller("--no-merge-layers")
+        machine.start_node()
         client = Client(machine)
         memory = memory_rows("controller, idle", pid_of(machine.controller_process), "< 100 MiB")
         memory += memory_rows("node, idle", pid_of(machine.node_process), "")
@@ -383,8 +310,8 @@ def measure(base: Path, counts: Counts, progress: Callable[[str], None]) -> list
         rows = measure_create(machine, client, counts.create, "plain directory")
         progress("snapshots and clones")
         rows += measure_snapshots(machine, client, counts.snapshot)
-        progress("the predecessor's commands")
-        rows += measure_predecessor(machine.base / "predecessor", client, machine, counts.predecessor)
+        progress("the predecessor's commands, by one caller and by eight")
+        rows += measure_speed(machine, client, counts.predecessor, counts.calls)
         progress("attach and release")
         attach, daemons = measure_attach(machine, client, counts.attach)
         rows += attach
@@ -394,7 +321,7 @@ def measure(base: Path, counts: Counts, progress: Callable[[str], None]) -> list
             raise RuntimeError(f"csi-quobyte check found after the run: {findings}")
     progress("CreateVolume through the stand-in")
     with Machine(base / "s") as machine:
-        machine.start_controller()
+        machine.start_controller("--no-merge-layers")
         rows += measure_create(machine, Client(machine), counts.create, "through bindfs")
     return rows + memory + daemons
 
@@ -454,10 +381,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--directory", help="where the pools shall lie (default: the temporary directory)")
     parser.add_argument("--create", type=int, default=50, help="volumes created in each of the two pools (%(default)s)")
     parser.add_argument("--snapshot", type=int, default=10, help="series of snapshot and clone (%(default)s)")
-    parser.add_argument("--predecessor", type=int, default=15, help="series of its commands (%(default)s)")
+    parser.add_argument("--predecessor", type=int, default=20, help="rounds of the speed table (%(default)s)")
+    parser.add_argument("--calls", type=int, default=32, help="calls in a round by eight callers (%(default)s)")
     parser.add_argument("--attach", type=int, default=8, help="volumes used and released (%(default)s)")
     arguments = parser.parse_args()
-    if min(arguments.create, arguments.snapshot, arguments.predecessor, arguments.attach) < 1:
+    if min(arguments.create, arguments.snapshot, arguments.predecessor, arguments.calls, arguments.attach) < 1:
         parser.error("every count must be at least 1")
     return arguments
 
@@ -475,7 +403,7 @@ def main() -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
-    counts = Counts(arguments.create, arguments.snapshot, arguments.predecessor, arguments.attach)
+    counts = Counts(arguments.create, arguments.snapshot, arguments.predecessor, arguments.calls, arguments.attach)
     begun_s = time.monotonic()
     base = Path(tempfile.mkdtemp(prefix="cq-", dir=arguments.directory))
     try:
