@@ -174,7 +174,7 @@ class Collector:
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
-        return work_in(found, store) if found else Work()
+        return work_in(found, store, pace=pace) if found else Work()
 
 
 @dataclass(frozen=True)

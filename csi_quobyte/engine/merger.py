@@ -10,7 +10,7 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merging import Ask, Plan
 from csi_quobyte.errors import Busy, DriverError
 from csi_quobyte.host.qemu import QemuTools
+from csi_quobyte.pool.pace import no_pace
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import LayerState, VolumeState, parse_marker
 from csi_quobyte.pool.store import Store
@@ -43,36 +44,38 @@ class Work:
     """Layers that nothing but one other layer refers to, small ones first, and heads of long chains."""
 
 
-def work_in(found: Index, store: Store) -> Work:
-    """Give what is to be merged in a pool, or was begun.
+def work_in(found: Index, store: Store, *, pace: Callable[[], None] = no_pace) -> Work:
+    """Give what is to be merged in a pool, or was begun; `pace` is called between small steps.
 
     Nothing new while a record cannot be read: it may be the owner. What was begun keeps volumes from being staged, and
     to end it only the records that it names are needed.
     """
     begun = tuple(sorted(layer.id for layer in found.layers.values() if layer.merge))
-    left = tuple(_left_markers(found))
+    left = tuple(_left_markers(found, pace))
     if found.unreadable:
         return Work(begun, left)
-    small_first = sorted(_single_parents(found), key=lambda layer_id: _allocated(store, found, layer_id))
-    return Work(begun, left, (*small_first, *_long_heads(found)))
+    small_first = sorted(_single_parents(found, pace), key=lambda layer_id: _allocated(store, found, layer_id))
+    return Work(begun, left, (*small_first, *_long_heads(found, pace)))
 
 
-def _left_markers(found: Index) -> Iterator[tuple[str, str]]:
+def _left_markers(found: Index, pace: Callable[[], None]) -> Iterator[tuple[str, str]]:
     for layer_id, names in found.refs.items():
+        pace()
         for marker in map(parse_marker, names):
             child = found.layers.get(marker.id) if marker and marker.kind == "c" else None
             if child and child.parent != layer_id and layer_id in found.layers:
                 yield layer_id, child.id
 
 
-def _single_parents(found: Index) -> Iterator[str]:
+def _single_parents(found: Index, pace: Callable[[], None]) -> Iterator[str]:
     for layer in found.layers.values():
+        pace()
         names = found.refs.get(layer.id, [])
         if layer.state is LayerState.FROZEN and layer.id not in found.held_layers and len(names) == 1:
             yield layer.id
 
 
-def _long_heads(found: Index) -> Iterator[str]:
+def _long_heads(found: Index, pace: Callable[[], None]) -> Iterator[str]:
     depths: dict[str, int] = {}
 
     def depth_of(layer_id: str) -> int:
@@ -88,6 +91,7 @@ def _long_heads(found: Index) -> Iterator[str]:
         return depths[layer_id]
 
     for volume in found.volumes.values():
+        pace()
         ready = volume.state is VolumeState.READY and not volume.attachments and volume.head in found.layers
         if ready and depth_of(volume.head) > merging.SOFT_DEPTH:
             yield volume.head

@@ -47,6 +47,7 @@ class _Count:
     """What is known of one pool. Times are the clock's, but for `progress_s`, which is the machine's."""
 
     shards: dict[str, _Shard] = field(default_factory=dict)
+    total_bytes: int = 0
     due: float | None = None
     whole_due: float = 0.0
     took_s: float = 0.0
@@ -80,14 +81,16 @@ class Provisioned:
         with self._guard:
             if count.due is None and count.error:
                 raise Unavailable(count.error)
-            return sum(shard.total_bytes for shard in count.shards.values())
+            return count.total_bytes
 
     def add(self, store: Store, volume_id: str, size_bytes: int) -> None:
         """Correct the sum of a pool by what this process has just made (or, negative, deleted) of a volume."""
         with self._guard:
             count = self._counts.get(store.prefix)
             if count and (shard := count.shards.get(shard_of(volume_id))):
-                shard.total_bytes = max(0, shard.total_bytes + size_bytes)
+                more = max(size_bytes, -shard.total_bytes)
+                shard.total_bytes += more
+                count.total_bytes += more
 
     def _begin(self, store: Store, count: _Count) -> threading.Event | None:
         """Begin a count if one is due and none runs; gives what is set at the end of the one that runs."""
@@ -138,6 +141,7 @@ class Provisioned:
                     if count.ended is not mine:
                         return
                     count.shards[shard] = _Shard(total, changed_ns, settled)
+                    count.total_bytes += total - (known.total_bytes if known else 0)
             count.progress_s = time.monotonic()
 
 
