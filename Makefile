@@ -48,10 +48,11 @@ sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 	@$(CONTAINED) 600 sanity -- $(PYTHON) tests/sanity/run.py
 
 ##@ Longer suites
-faults: setup ## every operation with every call on the pool's files failing, its FUSE server killed or stopped, its space used up
+faults: setup ## every operation and merge with every call on the pool's files failing, its FUSE server killed or stopped, its space used up
 	@CSI_QUOBYTE_FAULTS_CALLS=0 $(CONTAINED) 7200 faults -- \
 	  $(PYTHON) -m pytest --timeout 3600 -q -s tests/integration/test_faults_each_step.py \
-	  tests/integration/test_faults_of_the_server.py tests/integration/test_faults_full_pool.py
+	  tests/integration/test_faults_of_the_server.py tests/integration/test_faults_full_pool.py \
+	  tests/integration/test_faults_in_merges.py
 
 crash: setup ## every operation and merge killed before each durable step, and 30 times in each kind of merge
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 7200 crash -- \
