@@ -128,6 +128,8 @@ def _records(store: Store, found: Index) -> Iterator[Finding]:
     """Records that cannot be read, operations that did not end, chains that do not hold together."""
     for record_id, detail in found.unreadable.items():
         yield Finding("unreadable-record", record_id, detail.partition(" ")[0], detail)
+    for path, detail in store.unreadable_aside():
+        yield Finding("unreadable-record", "", path, detail)
     unfinished = [(v.id, str(v.state)) for v in found.volumes.values() if v.state is not VolumeState.READY]
     unfinished += [(s.id, str(s.state)) for s in found.snapshots.values() if s.state is not SnapshotState.READY]
     for record_id, state in unfinished:

@@ -181,6 +181,10 @@ def _round(
 ) -> list[tuple[Finding, _Task, DriverError | None]]:
     """Attempt something about each finding; gives what, and why it failed if it did."""
     attempted: list[tuple[Finding, _Task, DriverError | None]] = []
+    found = index_module.read(store)
+    tasks = [(finding, _task(store, tools, found, finding)) for finding in findings]
+    if all(task.step == "none" for _, task in tasks):
+        return [(finding, task, None) for finding, task in tasks]
     with _alone(store) as lease:
         found = index_module.read(store)
         tasks = [(finding, _task(store, tools, found, finding)) for finding in findings]
@@ -316,6 +320,10 @@ def _decide(store: Store, tools: QemuTools, found: Index, finding: Finding) -> _
 
 def _rebuilding(store: Store, found: Index, finding: Finding) -> _Task:
     record_id = finding.id
+    if finding.path.endswith(f"/{records.LEASE_ID}.json"):
+        raise Uncertain("its holder may be merging layers: stop all controllers of this pool, then remove it")
+    if not record_id:
+        raise Uncertain("start the node plugin of that node again: it writes it anew")
     if record_id not in found.unreadable:
         raise Uncertain("it says what was written to the device, which is known to nobody else; delete the volume")
     if is_layer_id(record_id):

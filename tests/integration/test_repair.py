@@ -415,6 +415,31 @@ def test_torn_entry_of_the_trash_is_left_for_a_purge(kit: Kit) -> None:
     assert every_byte(kit.store.root) == before
 
 
+def test_torn_records_of_nodes_and_of_the_lease_are_reported(kit: Kit) -> None:
+    kit.create("v")
+    (node,) = Path(kit.store.root, "nodes").glob("*.json")
+    lease = Path(kit.store.root, "collector.json")
+    for path in (node, lease):
+        path.write_bytes(b"{")
+    reasons = {Path(action.path): (action.action, action.done, action.reason) for action in repair(kit).actions}
+    assert reasons.keys() == {node, lease}
+    assert reasons[lease] == ("none", False, reasons[lease][2])
+    assert "stop all controllers" in reasons[lease][2]
+    assert "node plugin" in reasons[node][2]
+    kit.store.unmark(*lost_marker(kit))
+    with pytest.raises(Busy, match="collector"):
+        repair(kit)
+    lease.unlink()
+    kit.add_node()
+    assert repair(kit).after.findings == []
+
+
+def lost_marker(kit: Kit) -> tuple[str, str]:
+    """The head of v, and v's marker in it."""
+    volume = kit.store.volume(kit.volume_id("v"))
+    return volume.head, records.volume_marker(volume)
+
+
 # --- who is in the way -----------------------------------------------------------------------------------------
 
 
@@ -475,10 +500,13 @@ def test_volume_that_is_attached_after_the_decision_is_left(kit: Kit, monkeypatc
     put_other_backing_name(kit)
     before = image(kit, "v").read_bytes()
     decide = repairing._task
+    asked: list[None] = []
 
     def late(*arguments: Any) -> Any:
         task = decide(*arguments)
-        kit.attach("v")
+        asked.append(None)
+        if len(asked) == 2:  # the first decision only says whether there is anything to do
+            kit.attach("v")
         return task
 
     with monkeypatch.context() as patched:
