@@ -42,6 +42,7 @@ from csi_quobyte.pool.records import (
     LayerState,
     OnDelete,
     Preallocation,
+    SnapshotRecord,
     SnapshotState,
     Source,
     VolumeRecord,
@@ -267,8 +268,11 @@ def _is_outdated(store: Store, volume: VolumeRecord) -> bool:
     """Say whether the source of an unfinished clone has changed too much since its intent was written."""
     if volume.state is not VolumeState.CREATING or not (volume.source and volume.parent):
         return False
-    if volume.source.kind == "snapshot" or volume.pinned:
+    if volume.pinned:
         return False
+    if volume.source.kind == "snapshot":
+        snapshot = store.find_snapshot(volume.source.id)
+        return snapshot is not None and _is_another(snapshot, volume)
     return layers.intent_is_outdated(
         store,
         volume.source.id,
@@ -277,6 +281,11 @@ def _is_outdated(store: Store, volume: VolumeRecord) -> bool:
         size_bytes=volume.size_bytes,
         content=volume.inherited_content,
     )
+
+
+def _is_another(snapshot: SnapshotRecord, intent: VolumeRecord) -> bool:
+    """Say whether a snapshot is not the one that an intent saw: one of the same name that shows something else."""
+    return snapshot.size_bytes > intent.size_bytes or snapshot.content != intent.inherited_content
 
 
 def _find_base(store: Store, source: Source | None, clone_mode: CloneMode) -> _Base:
@@ -369,7 +378,7 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
         snapshot = store.find_snapshot(source.id)
         if snapshot is None or snapshot.state is not SnapshotState.READY:
             raise NotFound(f"snapshot {source.id} was deleted meanwhile")
-        if parent_id not in {snapshot.layer, snapshot.cache}:
+        if parent_id not in {snapshot.layer, snapshot.cache} or _is_another(snapshot, volume):
             raise NotFound(f"snapshot {source.id} was deleted meanwhile")
     elif source and volume.source_next and store.layer(parent_id).state is LayerState.HEAD:
         cloned = ready_volume(store, source.id)

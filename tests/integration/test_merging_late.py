@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from controller_kit import BLOCK_BYTES, Kit, qemu_io, tools
+from controller_kit import BLOCK_BYTES, SIZE_BYTES, Kit, qemu_io, tools
 from gates import DEADLINE_S, DiedError, Gate, background, dies_before
 from test_merging_interleavings import _no_lock, begin, is_clean, other, three_layers
 
@@ -233,3 +233,20 @@ def test_attachment_that_a_cache_hides_for_a_second_is_seen_before_data_is_moved
         kit.merge(plan)
     assert not moved
     assert kit.store.layer(plan.layer).merge is None
+
+
+def test_old_intent_for_a_snapshot_of_a_name_that_is_another_one_s_now(kit: Kit) -> None:
+    """Merges may have put the new one on the same layer: it is as large, and holds what the new one says."""
+    kit.create("v")
+    kit.write("v", 1)
+    base = kit.snapshot("s", of="v").layer
+    with pytest.raises(DiedError):
+        other(kit, dies_before("touch", f"{base}.refs/c-")).create("late", source=kit.from_snapshot("s"))
+    kit.delete_snapshot("s")
+    kit.expand("v", 2 * SIZE_BYTES)
+    kit.grow_image("v")
+    assert kit.snapshot("s", of="v").layer == base
+    assert kit.create("late", source=kit.from_snapshot("s")).size_bytes == 2 * SIZE_BYTES
+    kit.sweep_until_quiet()
+    assert kit.holds("late", 1)
+    assert is_clean(kit)
