@@ -39,7 +39,7 @@ class Servicer:
         self.store = pool.open()
         self.kit = Kit(self.store)
         # never started: what it is told stays in its queue, and the tests collect when they want
-        self._service = ControllerService(self._pools, {POOL: Collector(pool, tools())})
+        self._service = ControllerService(self._pools, {POOL: Collector(pool, tools())}, {POOL: self.kit.copies})
 
     def call(self, method: str, request: Any) -> Any:
         """Make one call."""
