@@ -8,6 +8,9 @@ PYTHON := $(VENV)/python
 # The tree's own code comes first, also when another tree was installed into the same cache since.
 export PYTHONPATH := $(CURDIR)
 export PATH := $(VENV):$(PATH)
+# Compiled once, and not by each of the hundreds of processes that the tests start.
+export PYTHONPYCACHEPREFIX := $(CSI_QUOBYTE_CACHE)/pycache
+unexport PYTHONDONTWRITEBYTECODE
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -45,6 +45,7 @@ def grow(kit: Kit) -> None:
     kit.write("cc", 9)
     kit.snapshot("ccs", of="cc")
     kit.create("ccc", source=kit.from_snapshot("ccs"))
+    kit.write("v", 3, block=2)  # what it holds already; its head is not an empty one any more
 
 
 def check_grown(kit: Kit) -> None:
