@@ -14,6 +14,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ import servicer_kit
 from controller_kit import SIZE_BYTES, Kit, tools
 
 from csi_quobyte.engine import collector, layers, repair
+from csi_quobyte.errors import Exhausted
 from csi_quobyte.host import command
 from csi_quobyte.operations import volumes
 from csi_quobyte.pool import store as store_module
@@ -188,7 +190,8 @@ def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
     elif operation in MERGES:
         merge(kit, operation, in_job)
     else:
-        (OPERATIONS | TRASH)[operation](kit)
+        with suppress(Exhausted):  # where the pool is nearly full: then it has undone what it did, which is steps, too
+            (OPERATIONS | TRASH)[operation](kit)
 
 
 def wait_in_job(child: int, report: int, in_job_s: float) -> int | None:

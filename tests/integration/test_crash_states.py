@@ -4,6 +4,7 @@ Axes: start state (a deep tree of snapshots and clones that are alive, a merge t
 trash) × operation × step. Wanted as there, and that what the state is made of holds what it held.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from test_crash_steps import (
     retry,
     runner,  # noqa: F401 - a fixture
 )
+from test_faults_full_pool import SIZE_BYTES as FULL_BYTES
+from test_faults_full_pool import Small, command
 
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import Modes
@@ -33,6 +36,8 @@ from csi_quobyte.pool.store import Store
 KEPT = {"on_delete": "trash"}
 # every step for `make crash`; otherwise one of the first four of each operation, and some of the later ones
 STEPS = range(1, 1000) if EVERY == 1 else range(1 + SEED % 4, 1000, 13)
+# pages that are left in a nearly full pool
+AMOUNTS = [1, 2, 4]
 MERGE_STEP = 6
 """Before this step a merge up is killed: noted, and the data not moved, or not yet taken over."""
 
@@ -177,3 +182,70 @@ def check_trash_effect(kit: Kit, operation: str) -> None:
     if name := objects.get(operation):
         assert (live[name] is not None) == operation.startswith("restore")
         assert len(entries_of(kit, name)) == operation.startswith("trash")
+
+
+# --- nearly full -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nearly_full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Small, Path, Tree]]:
+    """A small file system, the template pool on it, promising as much as is wanted, and how it looked when new."""
+    mountpoint = tmp_path_factory.mktemp("small")
+    command("mount", "-t", "tmpfs", "-o", f"size={FULL_BYTES},nr_inodes=100000", "small", mountpoint)
+    try:
+        root = mountpoint / "template"
+        root.mkdir()
+        store_module.initialise(str(root), owner=OWNER, modes=Modes())
+        described = json.loads((root / "format.json").read_text())
+        described["settings"]["maxOverSubscription"] = 1e9
+        (root / "format.json").write_text(json.dumps(described))
+        as_new = tree(root)
+        kit = Kit(Store(str(root)))
+        fill(kit)
+        kit.store.close()
+        yield Small(mountpoint), root, as_new
+    finally:
+        command("umount", mountpoint)
+
+
+@pytest.mark.root
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if "copy" not in name])
+def test_operation_killed_before_any_step_in_a_pool_that_is_nearly_full(
+    operation: str,
+    runner: Runner,  # noqa: F811
+    nearly_full: tuple[Small, Path, Tree],
+    impatient: None,
+) -> None:
+    small, source, as_new = nearly_full
+    amounts = AMOUNTS if EVERY == 1 else [AMOUNTS[SEED % len(AMOUNTS)]]
+    kills = 0
+    ended: set[int] = set()
+    for pages, step in [(pages, step) for pages in amounts for step in STEPS[:60]]:
+        if pages in ended:
+            continue
+        shutil.rmtree(small.root, ignore_errors=True)
+        command("cp", "-a", "--sparse=always", source, small.root)
+        command("cp", "-a", "--sparse=never", "--reflink=never", "-T", source / "reserve", small.root / "reserve")
+        small.leave("pages of tmpfs", pages)
+        try:
+            killed = runner.run(small.root, operation, step)
+        finally:
+            small.give_back("pages of tmpfs")
+        if not killed:
+            ended.add(pages)
+            continue
+        kills += 1
+        kit = Kit(Store(str(small.root)))
+        try:
+            retry(lambda kit=kit: OPERATIONS[operation](kit))  # type: ignore[misc]
+            check_pool(kit, inside=False)
+            check_effect(kit, operation)
+            check_all_deleted(kit, as_new)
+        except BaseException as error:
+            error.add_note(f"{operation} with {pages} pages left, killed before step {step}, seed {SEED}")
+            raise
+        finally:
+            kit.store.close()
+    assert kills
+    print(f"{operation} in a nearly full pool: {kills} kills, seed {SEED}")
