@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Does a large pool cost more? Measures a pool of 100 000 volumes against one of 100, in one run.
 
-Owns how each figure is taken (bench/README.md says it in words). Both pools are on the machine's own file system, each
-with a controller process of its own; calls to the two alternate. The pools are removed at the end.
+Owns how each figure is taken (bench/README.md says it in words). Both pools are on one ext4, on a file of the
+machine's own disk, each with a controller process of its own; calls to the two alternate.
 
 Always holds: nothing is asserted about time, only about results: a call that fails, or a list that lacks a volume,
 fails the run.
@@ -19,6 +19,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,12 +39,14 @@ from csi_quobyte.pool import records  # noqa: E402
 from csi_quobyte.pool.records import NodeRecord  # noqa: E402
 from csi_quobyte.pool.store import Store  # noqa: E402
 from lab.client import Client, block_capability  # noqa: E402
-from lab.machine import NODE_ID, Machine, run, wait_for  # noqa: E402
+from lab.machine import GIB, NODE_ID, Machine, run, wait_for  # noqa: E402
 
 SNAPSHOT_EVERY = 20
 FILLERS = 2
 PAGE = 1000
 NEW_BYTES = 1 << 20
+DISK_BYTES = 16 * GIB
+DISK_FILES = 2_000_000
 FILL_TIMEOUT_S = 900
 PASS_TIMEOUT_S = 600
 METRIC = re.compile(rb'csi_quobyte_collector_pass_seconds\{pool="main"\} ([0-9.e+-]+)')
@@ -79,8 +82,6 @@ class Subject:
 
     def fill(self) -> None:
         """Fill the pool, with several processes, and make a node known in it."""
-        if "tmpfs" in run("findmnt", "--noheadings", "--output", "FSTYPE", "--target", self.machine.pool_path).stdout:
-            raise RuntimeError(f"{self.machine.pool_path} is in memory; give --directory on a disk")
         store = Store(str(self.machine.pool_path))
         store.put_node(NodeRecord(id=NODE_ID, driver_version="bench", started_at=records.now()))
         store.close()
@@ -195,6 +196,13 @@ def check_complete(found: Sequence[str], what: str, at_least: int) -> None:
         raise RuntimeError(f"{what} gave {len(found)} entries, {len(set(found))} different ones, of {at_least}")
 
 
+def end_controller(subject: Subject) -> None:
+    """End a pool's controller; its files go with their disk."""
+    started = subject.machine.controller_process
+    if started and started.process and started.process.poll() is None:
+        started.stop()
+
+
 def cold_start(large: Subject) -> list[Row]:
     """Start the controller on the large pool; single calls at once, and CreateVolume while it looks at everything."""
     store = Store(str(large.machine.pool_path))
@@ -286,8 +294,32 @@ def lists(large: Subject) -> list[Row]:
     ]
 
 
-def measure(base: Path, volumes: int, few: int, rounds: int, progress: Callable[[str], None]) -> list[Row]:
-    """Measure everything below `base`, an empty directory, and give the rows."""
+@contextmanager
+def own_disk(base: Path) -> Iterator[Path]:
+    """A file system of its own on a file below `base`: what 100 000 volumes leave is removed with one file."""
+    image, mounted = base / "disk", base / "m"
+    with image.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    mounted.mkdir()
+    run("mkfs.ext4", "-q", "-m", "0", "-N", str(DISK_FILES), "-E", "lazy_itable_init=1,nodiscard", image)
+    run("mount", "-o", "loop", image, mounted)
+    try:
+        yield mounted
+    finally:
+        run("umount", mounted)
+        mounted.rmdir()
+        image.unlink()
+
+
+def measure(
+    base: Path,
+    volumes: int,
+    few: int,
+    rounds: int,
+    progress: Callable[[str], None],
+    report: Callable[[Sequence[Row]], None],
+) -> None:
+    """Measure everything below `base`, an empty directory, and report the rows."""
     port = 19700 + os.getpid() % 200 * 2
     small = Subject(base, "s", few, port)
     try:
@@ -310,12 +342,11 @@ def measure(base: Path, volumes: int, few: int, rounds: int, progress: Callable[
                 Row("memory", f"controller, {few} volumes, the most", memory_bytes=small.peak_bytes()),
                 Row("filling", f"{volumes} volumes, without syncing", (fill_ms,)),
             ]
-            progress("removing the pools")
-            return rows
+            report(rows)
         finally:
-            large.machine.close()
+            end_controller(large)
     finally:
-        small.machine.close()
+        end_controller(small)
 
 
 def end(number: int, _frame: object) -> NoReturn:
@@ -332,19 +363,28 @@ def main() -> int:
     parser.add_argument("--few", type=int, default=100, help="volumes in the small pool (%(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="rounds of single calls (%(default)s)")
     arguments = parser.parse_args()
+    if os.geteuid() != 0:
+        click.echo("this mounts a file system and so must run as root: sudo make scale", err=True)
+        return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
     begun_s = time.monotonic()
     base = Path(tempfile.mkdtemp(prefix="cq-", dir=arguments.directory))
     try:
         described = environment(base)
-        rows = measure(
-            base,
-            arguments.volumes,
-            arguments.few,
-            arguments.rounds,
-            lambda text: click.echo(f"measuring: {text} ({time.monotonic() - begun_s:.0f} s)", err=True),
-        )
+        if described["file_system"] == "tmpfs":
+            raise RuntimeError(f"{base} is in memory; give --directory on a disk")
+        with own_disk(base) as disk:
+            measure(
+                disk,
+                arguments.volumes,
+                arguments.few,
+                arguments.rounds,
+                lambda text: click.echo(f"measuring: {text} ({time.monotonic() - begun_s:.0f} s)", err=True),
+                lambda rows: show(
+                    rows, described | {"seconds": round(time.monotonic() - begun_s)}, as_json=arguments.json
+                ),
+            )
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         return 130
@@ -354,8 +394,6 @@ def main() -> int:
         return 1
     finally:
         base.rmdir()  # each machine has removed its own part
-    described["seconds"] = round(time.monotonic() - begun_s)
-    show(rows, described, as_json=arguments.json)
     return 0
 
 
