@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from controller_kit import Kit, tree
 
-from csi_quobyte.engine import collector
-from csi_quobyte.errors import Corrupt
+from csi_quobyte.engine import collector, index
+from csi_quobyte.errors import Busy, Corrupt
 from csi_quobyte.pool import records
 from csi_quobyte.pool.records import VolumeState
 
@@ -214,3 +214,39 @@ def test_damaged_object_does_not_stop_the_collector_from_its_other_work(kit: Kit
     collector.sweep(kit.store)
     assert kit.store.find_volume(half.id) is None
     assert kit.store.find_volume(clone.id) is None
+
+
+# --- what the collector keeps in memory of a large pool --------------------------------------------------------
+
+
+def test_a_record_of_a_brief_index_cannot_be_written_back(kit: Kit) -> None:
+    volume = kit.create("v")
+    kit.snapshot("s", of="v")
+    found = index.read(kit.store, brief=True)
+    short = found.volumes[volume.id]
+    with pytest.raises(Busy):
+        kit.store.swap(short, replace(short, size_bytes=1))
+    layer = found.layers[short.head]
+    with pytest.raises(Busy):
+        kit.store.remove(layer)
+    assert kit.store.volume(volume.id).name == "v"
+    assert kit.check() == []
+
+
+def test_a_brief_index_and_the_names_alone_say_what_the_whole_one_says(kit: Kit) -> None:
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    kit.create("restored", source=kit.from_snapshot("s"))
+    kit.write("v", 2)
+    kit.create("cloned", source=kit.from_volume("v"))
+    snapshot = kit.store.snapshot(kit.snapshot_id("s"))
+    kit.store.swap(snapshot, replace(snapshot, cache=records.new_layer_id()))
+    whole, brief, names = index.read(kit.store), index.read(kit.store, brief=True), index.read_names(kit.store)
+    assert whole.layers
+    for judged in ("named_layers", "held_layers", "intended_layers", "intended_heads", "merge_markers", "announced"):
+        assert getattr(brief, judged) == getattr(whole, judged), judged
+    assert names.named == set(whole.named_layers)
+    assert names.held == set(whole.held_layers)
+    assert brief.refs == whole.refs
+    assert brief.strays == whole.strays

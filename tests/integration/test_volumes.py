@@ -456,6 +456,24 @@ def test_list_is_complete_in_pages_of_any_size(kit: Kit) -> None:
         assert listed == made
 
 
+def test_pages_stay_right_while_volumes_come_and_go(kit: Kit) -> None:
+    throughout = {kit.create(f"stays-{number}").id for number in range(8)}
+    for number in range(6):
+        kit.create(f"goes-{number}")
+    listed: list[str] = []
+    changes = 0
+    while page := volumes.list_page(kit.store, after=listed[-1] if listed else "", at_most=3):
+        assert len(page) <= 3
+        listed += [volume.id for volume in page]
+        if changes < 6:
+            kit.delete(f"goes-{changes}")  # one that was listed, or one that would come
+            kit.create(f"comes-{changes}")
+            changes += 1
+    assert changes >= 3
+    assert len(listed) == len(set(listed))
+    assert throughout <= set(listed)
+
+
 def test_list_leaves_out_what_is_not_ready_and_what_cannot_be_read(kit: Kit) -> None:
     good = kit.create("good")
     unfinished = kit.create("unfinished")
