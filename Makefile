@@ -33,7 +33,7 @@ help: ## list the targets
 demo: setup-demo ## see the driver at work: a story of a minute, on a stand-in for Quobyte (Debian 12 or 13, root)
 	@$(CONTAINED) 600 demo -- $(PYTHON) deploy/lab/demo.py
 
-test: setup lint unit integration sanity ## everything that proves the driver: lint, unit, integration, sanity (15 to 20 minutes)
+test: setup lint unit integration sanity ## everything that proves the driver: lint, unit, integration, sanity (10 to 20 minutes)
 	@printf '== test: every part passed (%d s)\n' $$(($$(date +%s) - $(STARTED)))
 
 ##@ Single parts of test
