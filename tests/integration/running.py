@@ -73,7 +73,7 @@ def assert_clean(machine: Machine) -> None:
     assert not found, found
 
 
-def findings_left(machine: Machine, *, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+def findings_left(machine: Machine, *, timeout_s: float = 40.0) -> list[dict[str, Any]]:
     """Give what `csi-quobyte check` still finds when the collector, which works behind the calls, has had its time."""
     found: list[dict[str, Any]] = []
 

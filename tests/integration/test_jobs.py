@@ -205,7 +205,12 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def assert_no_children() -> None:
-    assert [process.cmdline() for process in descendants(os.getpid()) if not has_ended(process)] == []
+    def left() -> list[psutil.Process]:
+        return [process for process in descendants(os.getpid()) if not has_ended(process)]
+
+    with suppress(AssertionError):  # a killed one ends when it gets a processor
+        wait_until(lambda: not left(), "every child has ended")
+    assert [process.cmdline() for process in left()] == []
 
 
 # --- contents --------------------------------------------------------------------------------------------------------
