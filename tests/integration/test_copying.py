@@ -43,8 +43,8 @@ def allocated_bytes(kit: Kit, name: str) -> int:
     return found[1]
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def eventually(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.02)
@@ -214,7 +214,7 @@ def test_deleting_from_another_controller_stops_the_copy_too(slow: Kit) -> None:
     begin(slow, copy_of_s(slow))
     other = Kit(Store(slow.store.root))
     other.delete("n")
-    eventually(lambda: temporaries(slow) == [])
+    eventually(lambda: temporaries(slow) == [], 10.0)  # long before it would have ended
     slow.sweep_until_quiet()
     assert tree(slow.store.root) == before
     other.store.close()
