@@ -10,7 +10,7 @@ from contextlib import suppress
 import click
 
 from csi_quobyte import __version__
-from csi_quobyte.cli import check, doctor, gc, pool, serve, show
+from csi_quobyte.cli import check, doctor, gc, pool, serve, show, trash
 from csi_quobyte.errors import AlreadyExists, Busy, DriverError, NotFound, Refused
 
 _REFUSED = (Refused, NotFound, AlreadyExists, Busy)
@@ -31,6 +31,7 @@ for command in (
     show.ls,
     show.show,
     show.tree,
+    trash.trash,
     doctor.doctor,
 ):
     cli.add_command(command)

@@ -40,7 +40,7 @@ def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> Non
 
 
 def _print_objects(rows: list[dict[str, Any]]) -> None:
-    _print_columns(
+    print_columns(
         ("ID", "NAME", "SIZE", "STATE", "NODE", "SOURCE"),
         [(r["id"], r["name"], human(r["size_bytes"]), r["state"], r["node"], r["source"]) for r in rows],
     )
@@ -86,7 +86,7 @@ def _print_tree(pool: str, store: Store, found: Index, roots: list[LayerRecord],
     _console().print(drawing)
 
 
-def _print_columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with columns as wide as they need: ids must stay whole, for copying and for other programs."""
     widths = [max(len(row[at]) for row in (headings, *rows)) for at in range(len(headings))]
     for row in (headings, *rows):
