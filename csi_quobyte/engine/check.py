@@ -24,6 +24,7 @@ from csi_quobyte.pool.records import (
     is_layer_id,
     layer_of,
     marker_of,
+    note_uid,
     parse_marker,
     snapshot_marker,
     volume_marker,
@@ -237,11 +238,11 @@ def _stray(found: Index, stray: Stray) -> Finding | None:
         return Finding("orphan-file", owner, path, "no layer record names this file")
     if stray.folder == "volumes" and ending.startswith("new-"):
         return Finding("unfinished", owner, path, "the making of this volume was interrupted")
-    if stray.folder == "volumes" and ending.startswith("content-"):
+    if stray.folder == "volumes" and (uid := note_uid(ending)):
         volume = found.volumes.get(owner)
-        if owner in found.unreadable or (volume and ending == f"content-{volume.uid}"):
+        if owner in found.unreadable or (volume and uid == volume.uid):
             return None
-        entry_id = f"{owner}-{ending.removeprefix('content-')}"
+        entry_id = f"{owner}-{uid}"
         if entry_id in found.trash or entry_id in found.unreadable:
             return None
         return Finding("orphan-file", owner, path, "the volume of this note does not exist")

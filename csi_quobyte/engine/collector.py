@@ -35,6 +35,7 @@ from csi_quobyte.pool.records import (
     TrashState,
     VolumeState,
     is_layer_id,
+    note_uid,
     parse_marker,
 )
 from csi_quobyte.pool.store import Store
@@ -425,10 +426,10 @@ def _is_orphan(found: Index, stray: Stray, intended: frozenset[str]) -> bool:
         if owner in found.layers or owner in intended or found.refs.get(owner):
             return False
         return ending in {"qcow2", "raw", "refs"}
-    if stray.folder == "volumes" and ending.startswith("content-"):
+    if stray.folder == "volumes" and (uid := note_uid(ending)):
         volume = found.volumes.get(owner)
-        is_current = volume is not None and ending == f"content-{volume.uid}"
-        return not is_current and f"{owner}-{ending.removeprefix('content-')}" not in found.trash
+        is_current = volume is not None and uid == volume.uid
+        return not is_current and f"{owner}-{uid}" not in found.trash
     if stray.folder == "trash":
         entry = found.trash.get(owner)
         target = entry.trash.target if entry and entry.trash else None

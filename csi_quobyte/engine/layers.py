@@ -24,12 +24,16 @@ from csi_quobyte.pool.records import (
     VolumeRecord,
     VolumeState,
     child_marker,
+    now,
     parse_marker,
     volume_marker,
 )
 from csi_quobyte.pool.store import Store
 
 log = logging.getLogger(__name__)
+
+FENCE_S = 30.0
+"""So long after a forced detachment a node may still write: it fences itself within 20 s, the rest is for clocks."""
 
 
 def make_base(
@@ -100,7 +104,7 @@ def detached_volume(store: Store, volume_id: str, *, to_be: str) -> VolumeRecord
 
     Raises:
         NotFound: there is none, or it is being deleted.
-        Unavailable: it is still being made.
+        Unavailable: it is still being made, or see `_check_closed`.
         Refused: it is attached; this version cannot freeze what a daemon writes. `to_be` says what was wanted.
     """
     volume = ready_volume(store, volume_id)
@@ -109,7 +113,23 @@ def detached_volume(store: Store, volume_id: str, *, to_be: str) -> VolumeRecord
             f"the volume is attached to node {volume.attachments[0].node} and can be {to_be} only while it is "
             f"detached; delete the pods that use it, it is tried again by itself ({volume_id})"
         )
+    _check_closed(store, volume)
     return volume
+
+
+def _check_closed(store: Store, volume: VolumeRecord) -> None:
+    """Check that no node that was thought lost writes to a volume still.
+
+    Raises:
+        Unavailable: it was detached a moment ago, and not by a node that had closed it.
+    """
+    if volume.detached_at is None or store.closed_generation(volume) == volume.attach_generation:
+        return
+    if (now() - volume.detached_at).total_seconds() < FENCE_S:
+        raise Unavailable(
+            f"volume {volume.id} was detached a moment ago from a node that has not said that it has closed it, and "
+            f"may write to it for some seconds; try again"
+        )
 
 
 def ready_volume(store: Store, volume_id: str) -> VolumeRecord:
@@ -257,11 +277,13 @@ def freeze(
 
     Raises:
         Refused: the volume is attached, or a storage daemon has its head open all the same.
+        Unavailable: see `_check_closed`.
         Corrupt: its head is damaged; nothing was changed.
     """
     if volume.head != next_id:
         if volume.attachments:
             raise Refused(f"volume {volume.id} is attached to node {volume.attachments[0].node}")
+        _check_closed(store, volume)
         store.mark(volume.head, child_marker(next_id))
         old = store.layer(volume.head)
         check_not_merging(store, old)

@@ -182,6 +182,7 @@ class Node:
             self._attached(store, volume.id, attachment.generation)
 
         self._expel_stale(key, attachment, request.staging_path)
+        store.forget_closed(volume)
         device = self._ensure_device(store, volume, attachment, request.staging_path, check_attached)
         check_attached()
         if volume.access_type == "block":
@@ -366,6 +367,14 @@ class Node:
             else:
                 self._take_down(self._key(volume_id), staging_path)
             self._count_staged()
+
+    def note_closed(self, store: Store, volume_id: str) -> None:
+        """Say in the pool that this node has closed a volume; after `unstage`, while no new `stage` can begin."""
+        with self._lock(volume_id):
+            volume = store.find_volume(volume_id)
+            for attachment in volume.attachments if volume else ():
+                if volume and attachment.node == self._node_id and not self.is_staged(volume_id):
+                    store.note_closed(volume, attachment.generation)
 
     # --- an attachment that was taken away ---------------------------------------------------------------------
 

@@ -98,6 +98,13 @@ class Content:
     generation: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """A node's word that it has closed a volume: nothing is written any more for the attachment of `generation`."""
+
+    generation: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attachment:
     """One node's right to open a volume. A stage that does not bring this `generation` is refused."""
@@ -352,6 +359,7 @@ _ADAPTERS: dict[type, TypeAdapter[object]] = {
         Progress,
         Versioned,
         Sized,
+        Closed,
     )
 }
 
@@ -458,6 +466,12 @@ def parse_trash_id(text: str) -> tuple[RecordId, Incarnation] | None:
     record_id, _, uid = text.rpartition("-")
     parsed = parse_id(record_id)
     return (parsed, Incarnation(id=record_id, uid=uid)) if parsed and _UID.fullmatch(uid) else None
+
+
+def note_uid(ending: str) -> str | None:
+    """Give the uid of the volume that a note beside its record is about, by the end of its name; None: it is none."""
+    kind, _, uid = ending.partition("-")
+    return uid if kind in {"content", "closed"} else None
 
 
 # --- markers ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The store: records, layers, markers and locks of one mounted pool. The only module that knows a path in it.
 
     format.json  lock  collector.json  tmp/  reserve/  nodes/<digest>.json
-    volumes/<2 hex>/<id>.json            and <id>.content-<uid> (written by the node that has it attached)
+    volumes/<2 hex>/<id>.json            and <id>.content-<uid>, <id>.closed-<uid> (written by the node that has it)
     snapshots/<2 hex>/<id>.json
     trash/<id>-<uid>.json                and <id>-<uid>.restore-<uid> (a record that is to be published)
     layers/<2 hex>/<id>.json  <id>.<format>  <id>.refs/<marker>
@@ -27,6 +27,7 @@ from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, NotFound, Refused, 
 from csi_quobyte.pool import records
 from csi_quobyte.pool.locks import Locks, is_written_by_qemu, try_lock
 from csi_quobyte.pool.records import (
+    Closed,
     Content,
     Deletable,
     LayerRecord,
@@ -1014,6 +1015,26 @@ class Store:
     def remove_content(self, volume: VolumeRecord) -> None:
         """Forget what was on a volume that is being deleted."""
         self._steps.unlink(self._content_path(volume))
+        self.forget_closed(volume)
+
+    def _closed_path(self, volume: VolumeRecord) -> str:
+        return self._record_path("volumes", volume.id).removesuffix(".json") + f".closed-{volume.uid}"
+
+    def closed_generation(self, volume: VolumeRecord) -> int:
+        """Give the generation of the attachment whose node said last that it has closed the volume; 0: none has."""
+        closed = self._find(Closed, self._closed_path(volume))
+        return closed.generation if closed else 0
+
+    def note_closed(self, volume: VolumeRecord, generation: int) -> None:
+        """Say that the node of this attachment has closed the volume in order; only that node does."""
+        closed = Closed(generation=generation)
+        temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(closed)))
+        self._steps.rename(temporary, self._closed_path(volume))
+
+    def forget_closed(self, volume: VolumeRecord) -> None:
+        """Take that back, before the volume is opened again; never said is success."""
+        if os.path.lexists(self._closed_path(volume)):
+            self._steps.unlink(self._closed_path(volume))
 
     # --- nodes -------------------------------------------------------------------------------------------------
 

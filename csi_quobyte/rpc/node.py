@@ -104,6 +104,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         if standing is Standing.UNREACHABLE:
             log.warning("volume %s is unstaged without a look at its pool, which is not mounted", volume_id)
         self._node.unstage(volume_id, staging_path, stale=standing is Standing.TAKEN)
+        if standing is Standing.OURS:
+            self._attachments.say_closed(volume_id)
 
     def NodePublishVolume(
         self, request: csi.NodePublishVolumeRequest, context: grpc.ServicerContext
@@ -218,6 +220,17 @@ class Attachments:
             log.warning("the record of volume %s cannot be read: %s", volume_id, error)
             return Standing.UNREACHABLE if self._is_gone(pool) else Standing.UNKNOWN
         return Standing.TAKEN if self._node.is_stale(volume_id, record) else Standing.OURS
+
+    def say_closed(self, volume_id: str) -> None:
+        """Write down in the pool that this node has closed a volume, so that it can be frozen once it is detached.
+
+        Where that fails, freezing waits until this node would have fenced itself.
+        """
+        try:
+            if pool := self._pools.find_owner(volume_id):
+                self._executors[pool.name].run(lambda: self._node.note_closed(pool.open(), volume_id))
+        except DriverError as error:
+            log.warning("that volume %s is closed here cannot be written down: %s", volume_id, error)
 
     def is_surely_taken(self, volume_id: str) -> bool:
         """Say whether a volume's record is there to be read now and says that it was taken away; does not wait long."""

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from csi_quobyte.engine import check as check_module
-from csi_quobyte.engine import collector, copying, index, merging, trash
+from csi_quobyte.engine import collector, copying, index, layers, merging, trash
 from csi_quobyte.engine.merger import end_begun, work_in
 from csi_quobyte.errors import Busy
 from csi_quobyte.host import qemu, qemu_img
@@ -46,6 +46,7 @@ _QEMU_IO_TIMEOUT_S = 20
 
 # No test of this process detaches a volume from a node that is lost; test_merging has one that says it does.
 merging.GRACE_S = 0.0
+layers.FENCE_S = 0.0
 # Nor do its stores have caches between them; test_merging_late has one that does.
 merging.SETTLE_S = 0.0
 

@@ -5,7 +5,7 @@ real hosts. The axes: who is stopped (create, delete, collector, stage), at whic
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from gates import DiedError, Gate, background, dies_before
 from running import MIB, Code, eventually, fails, machine_of, running
 
 from csi_quobyte.config import PoolSpec
-from csi_quobyte.engine import collector
+from csi_quobyte.engine import collector, layers
 from csi_quobyte.errors import Busy, Refused, Unavailable
 from csi_quobyte.host import filesystem, loop
 from csi_quobyte.host.loop import LoopDevice
@@ -312,6 +312,65 @@ def read_device(path: str, length_bytes: int, offset_bytes: int) -> bytes:
         return os.pread(fd, length_bytes, offset_bytes)
     finally:
         os.close(fd)
+
+
+def test_a_volume_that_was_taken_from_a_node_is_frozen_only_when_that_has_ended(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No lock of node a reaches host b, where the snapshot is taken: what it shows would still change."""
+    monkeypatch.setattr(layers, "FENCE_S", 3.0)
+    a, b = hosts.a, hosts.b
+    volume = a.kit.create("v", **BLOCK)
+    a.stage(volume, a.attach(volume))
+    write_device(a.device(volume), b"A" * MIB, 0)
+    hosts.agree()
+    b.kit.detach("v", node=a.name)  # forced: node a is not asked
+    with pytest.raises(Unavailable, match="a moment ago"):
+        b.kit.snapshot("s", of="v")
+    with pytest.raises(Unavailable, match="a moment ago"):
+        b.kit.create("clone", source=b.kit.from_volume("v"))
+    assert list(b.kit.store.snapshot_ids()) == []
+    a.node.fence(volume.id)
+    wait_for("the time of grace", lambda: fails_not(lambda: b.kit.snapshot("s", of="v")), timeout_s=DEADLINE_S)
+    assert b.kit.check() == []
+
+
+def fails_not(work: Callable[[], object]) -> bool:
+    try:
+        work()
+    except Unavailable:
+        return False
+    return True
+
+
+def test_a_volume_that_its_node_has_closed_is_frozen_at_once(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "FENCE_S", 600.0)
+    a, b = hosts.a, hosts.b
+    volume = a.kit.create("v", **BLOCK)
+    generation = a.attach(volume)
+    a.stage(volume, generation)
+    a.node.note_closed(a.kit.store, volume.id)
+    assert a.kit.store.closed_generation(volume) == 0, "it is staged, whoever says something else"
+    a.unstage(volume)
+    a.node.note_closed(a.kit.store, volume.id)
+    assert a.kit.store.closed_generation(volume) == generation
+    a.stage(volume, generation)
+    assert a.kit.store.closed_generation(volume) == 0, "staged again for the same attachment"
+    a.unstage(volume)
+    a.node.note_closed(a.kit.store, volume.id)
+    a.detach(volume)
+    hosts.agree()
+    b.kit.snapshot("s", of="v")
+    hosts.agree()
+    a.attach(volume)
+    a.detach(volume)
+    with pytest.raises(Unavailable, match="a moment ago"):
+        a.kit.snapshot("later", of="v")  # the word is about an earlier attachment
+    assert a.kit.findings() == set()
+    a.kit.delete_snapshot("s")
+    a.kit.delete("v")
+    a.kit.sweep_until_quiet()
+    assert not list(hosts.machine.directories["main"].glob("volumes/*/*"))
 
 
 def test_a_daemon_of_an_earlier_attachment_is_not_used_again(hosts: Hosts) -> None:
