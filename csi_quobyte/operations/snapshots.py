@@ -62,6 +62,7 @@ def create(store: Store, request: SnapshotRequest, release: Release) -> Snapshot
         if snapshot is None:
             snapshot = _write_intent(store, snapshot_id, request)
         if snapshot.state is SnapshotState.READY:
+            store.settle(snapshot)
             return snapshot
         try:
             return _finish(store, snapshot)

@@ -140,6 +140,7 @@ def create(
                 release(removal.remove_volume(store, volume))
             volume = None
         if volume and volume.state is VolumeState.READY:
+            store.settle(volume)
             return volume
         if request.source is None:
             made = _create_blank(store, _plan(store, volume_id, request, _NOTHING, provisioned))
@@ -486,7 +487,9 @@ def attach(store: Store, request: AttachRequest) -> Attachment:
             raise NotFound(f"node {request.node!r} is not known in this pool: is the node plugin running there?")
         check_capability(volume, request.access_type, request.filesystem)
         if volume.attachments:
-            return _same_attachment(volume, volume.attachments[0], request)
+            present = _same_attachment(volume, volume.attachments[0], request)
+            store.settle(volume)
+            return present
         chain = chain_of(volume.head, store.find_layer)
         generation = volume.attach_generation + 1
         made = Attachment(
@@ -536,6 +539,8 @@ def detach(store: Store, volume_id: str, node: str) -> tuple[str, ...]:
         if gone:
             remaining = tuple(present for present in volume.attachments if present not in gone)
             store.swap(volume, replace(volume, attachments=remaining, detached_at=records.now()))
+        else:
+            store.settle(volume)
         return tuple(layer_id for present in gone for layer_id in present.opened)
 
 
@@ -559,6 +564,8 @@ def expand(store: Store, volume_id: str, size: SizeRange, provisioned: Provision
             check_fits(store, provisioned, more, "off")
             volume = store.swap(volume, replace(volume, size_bytes=wanted))
             provisioned.add(store, volume_id, more)
+        else:
+            store.settle(volume)
         return volume
 
 

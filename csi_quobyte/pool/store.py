@@ -553,6 +553,13 @@ class Store:
         """
         return self.commit(self._prepare(old, new, self._path_of(old), sync=True))
 
+    def settle(self, record: records.Record) -> None:
+        """Make durable what a record was found to say, before it is answered to a retry.
+
+        Whoever wrote it may have died before he could: then a power cut would take back what was acknowledged.
+        """
+        self._steps.sync(os.path.dirname(self._path_of(record)))
+
     @contextmanager
     def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
         """Write the successor of `old` down already, so that it becomes durable together with what it will name.

@@ -18,6 +18,7 @@ from csi_quobyte.pool import chain as chain_module
 from csi_quobyte.pool import images, records
 from csi_quobyte.pool.records import Content, LayerState, Source, VolumeState
 from csi_quobyte.pool.sizes import GIB, MIB, SizeRange
+from csi_quobyte.pool.steps import Steps
 
 FORMATTED = Content(state="formatted", filesystem="ext4")
 
@@ -481,3 +482,35 @@ def test_list_leaves_out_what_is_not_ready_and_what_cannot_be_read(kit: Kit) -> 
     torn = kit.create("torn")
     Path(kit.store.root, "volumes", torn.id.rpartition("-")[2][:2], f"{torn.id}.json").write_bytes(b"{")
     assert volumes.list_page(kit.store, after="", at_most=10) == [good]
+
+
+RETRIES: dict[str, Callable[[Kit], object]] = {
+    "create": lambda kit: kit.create("v"),
+    "snapshot": lambda kit: kit.snapshot("s", of="v"),
+    "expand": lambda kit: kit.expand("v", 2 * SIZE_BYTES),
+    "attach": lambda kit: kit.attach("v"),
+    "detach": lambda kit: kit.detach("v"),
+}
+
+
+@pytest.mark.parametrize("name", RETRIES)
+def test_retry_of_what_is_done_makes_it_durable(kit: Kit, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The first call may have died after its last rename and before the fsync of that directory."""
+    kit.create("v")
+    if name == "detach":
+        kit.attach("v")
+    first = RETRIES[name](kit)
+    synced: list[str] = []
+    plain = Steps.sync
+
+    def sync(steps: Steps, directory: str) -> None:
+        synced.append(directory)
+        plain(steps, directory)
+
+    monkeypatch.setattr(Steps, "sync", sync)
+    before = tree(kit.store.root)
+    assert RETRIES[name](kit) == first
+    assert tree(kit.store.root) == before
+    record_id = kit.snapshot_id("s") if name == "snapshot" else kit.volume_id("v")
+    folder = "snapshots" if name == "snapshot" else "volumes"
+    assert f"{kit.store.root}/{folder}/{records.shard_of(record_id)}" in synced
