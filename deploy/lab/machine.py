@@ -180,6 +180,7 @@ class Machine:
         self._exit = ExitStack()
         self._extra: list[str] = []
         self.controller_process: Process | None = None
+        self._more_controllers: list[Process] = []
         self.node_process: Process | None = None
         try:
             for name in pools:
@@ -239,6 +240,12 @@ class Machine:
         self.controller_process = Process(arguments, self.base / "controller.log")
         self._wait_ready(self.controller_process, self.base / "c.sock")
 
+    def start_another_controller(self, socket: str) -> None:
+        """Start one more controller on the same pools, with a socket of its own, and wait until it is ready."""
+        arguments = ["controller", *self._common(self.base / socket)]
+        self._more_controllers.append(Process(arguments, self.base / f"{socket}.log"))
+        self._wait_ready(self._more_controllers[-1], self.base / socket)
+
     def start_node(self, *extra: str | Path, ready: bool = True) -> None:
         """Start the node and wait until it is known in every pool and, unless `ready` is false, is ready."""
         state = self.base / "state"
@@ -263,7 +270,7 @@ class Machine:
             raise RuntimeError(f"{error}\n{process.tail()}") from error
 
     def channel(self, socket: str) -> grpc.Channel:
-        """A channel to `c.sock` or `n.sock` that lives as long as this machine."""
+        """A channel to `c.sock`, `n.sock` or another socket that lives as long as this machine."""
         return self._exit.enter_context(grpc.insecure_channel(f"unix://{self.base / socket}"))
 
     def close(self) -> None:
@@ -272,7 +279,7 @@ class Machine:
         for standin in self.standins.values():
             with suppress(ProcessLookupError):
                 standin.resume()
-        for process in (self.node_process, self.controller_process):
+        for process in (self.node_process, *self._more_controllers, self.controller_process):
             if process and process.process and process.process.poll() is None:
                 process.process.terminate()
                 try:
