@@ -63,9 +63,9 @@ crash: setup ## every operation and merge killed before each durable step, and 3
 	  tests/integration/test_crash_states.py tests/integration/test_crash_merges.py \
 	  tests/integration/test_repair.py::test_repair_that_is_killed_before_a_step_is_ended_by_the_next_one
 
-soak: setup ## 500 random histories of 30 calls with one controller and with two, killed now and then (SEED=... as printed)
-	@CSI_QUOBYTE_HISTORIES=500 CSI_QUOBYTE_SEED=$(or $(SEED),0) $(CONTAINED) 7200 soak -- \
-	  $(PYTHON) -m pytest --timeout 3600 -q -s tests/integration/test_histories.py
+soak: setup ## 500 random histories, one and two controllers; a minute of eight concurrent callers (SEED=... as printed)
+	@CSI_QUOBYTE_HISTORIES=500 CSI_QUOBYTE_CONCURRENCY_S=60 CSI_QUOBYTE_SEED=$(or $(SEED),0) $(CONTAINED) 7200 soak -- \
+	  $(PYTHON) -m pytest --timeout 3600 -q -s tests/integration/test_histories.py tests/integration/test_concurrency.py
 
 power-loss: setup ## a power cut after every write, fsync and rename of every operation, what was not synced lost or torn
 	@CSI_QUOBYTE_POWER_CUTS=0 $(CONTAINED) 3600 power-loss -- \

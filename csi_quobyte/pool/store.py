@@ -66,6 +66,24 @@ _CLAIM_PATIENCE_S = 2.0
 _REREAD_PAUSE_S = 1.1
 
 
+def _open_surely(path: str) -> int | None:
+    """Open a file for reading; None when it does not exist, and not when it is just being replaced.
+
+    A FUSE client opens by an inode that it has looked up before; if the name was given to another file in between, the
+    answer can be ENOENT. Looking up a name that nobody has used waits in the kernel for a rename in that directory
+    that is under way; the second attempt then finds the new file.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        with suppress(FileNotFoundError):
+            os.stat(f"{os.path.dirname(path)}/{uuid.uuid4().hex}")
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
 def _read(path: str) -> bytes | None:
     """Give the contents of a small file, None when it does not exist.
 
@@ -73,9 +91,8 @@ def _read(path: str) -> bytes | None:
         Corrupt: it is larger than any record.
     """
     with translated(path):
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        fd = _open_surely(path)
+        if fd is None:
             return None
         try:
             data = part = os.read(fd, _READ_BYTES)

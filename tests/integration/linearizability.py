@@ -36,6 +36,11 @@ class Call:
         return self.code not in {"ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
 
     @property
+    def is_look(self) -> bool:
+        """Whether it surely has changed nothing, whenever it had its moment."""
+        return self.is_sure and (self.code != "OK" or self.method == "look")
+
+    @property
     def open_until(self) -> float:
         """When it has ended for certain."""
         return inf if self.code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"} else self.ended
@@ -95,7 +100,7 @@ def _ended(
 def _followers(config: Config, order: Sequence[int], calls: Sequence[Call], apply: Apply) -> list[Config]:
     """Give the configurations that one more call makes of this one, without those that cannot matter.
 
-    A sure call that changes nothing may as well have its moment now. An unsure one that would change nothing need not
+    A call that never changes anything may as well have its moment now. An unsure one that would change nothing need not
     happen. Of several open ones that ask for the same the first one is as good as the others.
     """
     found = []
@@ -113,7 +118,7 @@ def _followers(config: Config, order: Sequence[int], calls: Sequence[Call], appl
         if state is None or (state == config.state and not call.is_sure):
             continue
         following = Config(state, config.taken | {other})
-        if state == config.state:
+        if call.is_look:
             return [following]
         found.append(following)
     return found

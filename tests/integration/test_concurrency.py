@@ -85,6 +85,12 @@ LINEARIZABLE: dict[str, list[Call]] = {
         call("clone", 12, 13, "first", answer=GIB),
         call("clone", 14, 15, "second", code="ALREADY_EXISTS"),
     ],
+    "a detach beside an attach comes after it": [
+        CREATED,
+        call("attach", 2, 4, answer=1),
+        call("detach", 3, 5),
+        call("delete", 6, 7, "volume"),
+    ],
     "two callers expand": [
         CREATED,
         call("expand", 2, 9, 3 * GIB, answer=3 * GIB),
