@@ -16,9 +16,19 @@ from csi_quobyte.cli import options
 from csi_quobyte.cli.opening import open_pools
 from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine.index import Index
+from csi_quobyte.engine.space import LayerSpace, Space, space_of
 from csi_quobyte.errors import NotFound
 from csi_quobyte.pool.mount import RequireMount
-from csi_quobyte.pool.records import LayerRecord, SnapshotRecord, VolumeRecord, is_layer_id, parse_id, parse_marker
+from csi_quobyte.pool.records import (
+    LayerRecord,
+    SnapshotRecord,
+    VolumeRecord,
+    is_layer_id,
+    layer_of,
+    marker_of,
+    parse_id,
+    parse_marker,
+)
 from csi_quobyte.pool.sizes import human
 from csi_quobyte.pool.store import Store
 
@@ -32,7 +42,7 @@ _looking = options.combined(options.pools(required=True), options.require_mount,
 def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
     """List volumes and snapshots."""
     with open_pools(pool, require_mount) as opened:
-        rows = [row for one, store in opened for row in _rows(one.name, index_module.read(store))]
+        rows = [row for one, store in opened for row in _rows(one.name, store, index_module.read(store))]
         if as_json:
             click.echo(json.dumps({"objects": rows}))
         else:
@@ -41,8 +51,20 @@ def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> Non
 
 def _print_objects(rows: list[dict[str, Any]]) -> None:
     print_columns(
-        ("ID", "NAME", "SIZE", "STATE", "NODE", "SOURCE"),
-        [(r["id"], r["name"], human(r["size_bytes"]), r["state"], r["node"], r["source"]) for r in rows],
+        ("ID", "NAME", "SIZE", "ALLOCATED", "EXCLUSIVE", "STATE", "NODE", "SOURCE"),
+        [
+            (
+                r["id"],
+                r["name"],
+                human(r["size_bytes"]),
+                human(r["allocated_bytes"]),
+                human(r["exclusive_bytes"]),
+                r["state"],
+                r["node"],
+                r["source"],
+            )
+            for r in rows
+        ],
     )
 
 
@@ -102,7 +124,47 @@ def _plain(value: object) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def _rows(pool: str, found: Index) -> Iterator[dict[str, Any]]:
+def _sizes(space: Space) -> dict[str, int]:
+    return {
+        "allocated_bytes": space.allocated_bytes,
+        "exclusive_bytes": space.exclusive_bytes,
+        "shared_bytes": space.shared_bytes,
+    }
+
+
+def _space_in(found: Index, allocated: dict[str, int | None], record: VolumeRecord | SnapshotRecord) -> dict[str, int]:
+    """Give the space of an object from one reading of the pool."""
+
+    def layer(layer_id: str) -> LayerSpace:
+        return LayerSpace(layer_id, allocated.get(layer_id), frozenset(found.refs.get(layer_id, ())))
+
+    chain: list[LayerSpace] = []
+    seen: set[str] = set()
+    current = found.layers.get(layer_of(record))
+    while current and current.id not in seen:
+        seen.add(current.id)
+        chain.append(layer(current.id))
+        current = found.layers.get(current.parent) if current.parent else None
+    cache = record.cache if isinstance(record, SnapshotRecord) else None
+    return _sizes(space_of(marker_of(record), chain, layer(cache) if cache else None))
+
+
+def space_now(store: Store, record: VolumeRecord | SnapshotRecord) -> dict[str, int]:
+    """Give the space of one object, also one in the trash, from its chain alone."""
+    chain = _chain(store, layer_of(record))
+    layers = [
+        LayerSpace(one["layer"], one.get("allocated_bytes"), frozenset(one.get("references") or ())) for one in chain
+    ]
+    cache_id = record.cache if isinstance(record, SnapshotRecord) and record.trash is None else None
+    cache = store.find_layer(cache_id) if cache_id else None
+    length = store.image_bytes(cache) if cache else None
+    own = LayerSpace(cache.id, length and length[1], frozenset(store.markers(cache.id) or ())) if cache else None
+    return _sizes(space_of(marker_of(record), layers, own))
+
+
+def _rows(pool: str, store: Store, found: Index) -> Iterator[dict[str, Any]]:
+    lengths = {layer.id: store.image_bytes(layer) for layer in found.layers.values()}
+    allocated = {layer_id: length[1] if length else None for layer_id, length in lengths.items()}
     for volume in found.volumes.values():
         yield {
             "pool": pool,
@@ -110,6 +172,7 @@ def _rows(pool: str, found: Index) -> Iterator[dict[str, Any]]:
             "id": volume.id,
             "name": volume.name,
             "size_bytes": volume.size_bytes,
+            **_space_in(found, allocated, volume),
             "state": str(volume.state),
             "node": ", ".join(attachment.node for attachment in volume.attachments),
             "source": volume.source.id if volume.source else "",
@@ -121,12 +184,13 @@ def _rows(pool: str, found: Index) -> Iterator[dict[str, Any]]:
             "id": snapshot.id,
             "name": snapshot.name,
             "size_bytes": snapshot.size_bytes,
+            **_space_in(found, allocated, snapshot),
             "state": str(snapshot.state),
             "node": "",
             "source": snapshot.source_volume,
         }
     for record_id, detail in found.unreadable.items():
-        yield {"pool": pool, "kind": "damaged", "id": record_id, "name": "", "size_bytes": 0} | {
+        yield {"pool": pool, "kind": "damaged", "id": record_id, "name": "", "size_bytes": 0, **_sizes(Space(0, 0))} | {
             "state": "unreadable",
             "node": "",
             "source": detail,
@@ -146,10 +210,12 @@ def _details(store: Store, record_id: str) -> dict[str, Any] | None:
         case VolumeRecord():
             details["content"] = store.content(record)
             details["chain"] = list(_chain(store, record.head))
+            details |= space_now(store, record)
             if record.pinned:
                 details["copy"] = store.progress(record.head) or "waits for the next call of CreateVolume, or its turn"
         case SnapshotRecord():
             details["chain"] = list(_chain(store, record.layer))
+            details |= space_now(store, record)
         case LayerRecord():
             details["references"] = store.markers(record.id)
             details["chain"] = list(_chain(store, record.id))

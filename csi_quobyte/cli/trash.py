@@ -10,7 +10,7 @@ import click
 
 from csi_quobyte.cli import options
 from csi_quobyte.cli.opening import open_pools
-from csi_quobyte.cli.show import print_columns
+from csi_quobyte.cli.show import print_columns, space_now
 from csi_quobyte.engine import layers
 from csi_quobyte.engine import trash as engine
 from csi_quobyte.errors import Busy, Corrupt, DriverError, NotFound
@@ -41,9 +41,18 @@ def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> Non
             click.echo(json.dumps({"format": FORMAT, "entries": rows}))
             return
         print_columns(
-            ("ID", "NAME", "CLAIM", "SIZE", "STATE", "DELETED", "EXPIRES"),
+            ("ID", "NAME", "CLAIM", "SIZE", "EXCLUSIVE", "STATE", "DELETED", "EXPIRES"),
             [
-                (r["id"], r["name"], r["claim"], human(r["size_bytes"]), r["state"], r["deleted_at"], r["expires_at"])
+                (
+                    r["id"],
+                    r["name"],
+                    r["claim"],
+                    human(r["size_bytes"]),
+                    human(r["exclusive_bytes"]),
+                    r["state"],
+                    r["deleted_at"],
+                    r["expires_at"],
+                )
                 for r in rows
             ],
         )
@@ -55,7 +64,14 @@ def _rows(pool: str, store: Store) -> list[dict[str, Any]]:
 
 def _row(pool: str, entry_id: str, store: Store) -> dict[str, Any]:
     row = {"pool": pool, "id": entry_id, "kind": "damaged", "name": "", "claim": "", "size_bytes": 0}
-    row |= {"state": "unreadable", "deleted_at": "", "expires_at": ""}
+    row |= {
+        "allocated_bytes": 0,
+        "exclusive_bytes": 0,
+        "shared_bytes": 0,
+        "state": "unreadable",
+        "deleted_at": "",
+        "expires_at": "",
+    }
     try:
         entry = store.find_trashed(entry_id)
     except Corrupt:
@@ -68,6 +84,7 @@ def _row(pool: str, entry_id: str, store: Store) -> dict[str, Any]:
         "name": entry.name,
         "claim": _claim(entry),
         "size_bytes": entry.size_bytes,
+        **space_now(store, entry),
         "state": str(entry.trash.state),
         "deleted_at": entry.trash.deleted_at.isoformat(timespec="seconds"),
         "expires_at": expires_at.isoformat(timespec="seconds") if expires_at else "never",

@@ -60,7 +60,7 @@ def test_formula(
 
 
 @pytest.mark.parametrize("available", [64 * MIB, 64 * MIB + 1, 65 * MIB - 1])
-def test_create_accepts_exactly_what_capacity_says(spaced: Spaced, available: int) -> None:
+def test_S25_create_accepts_exactly_what_capacity_says(spaced: Spaced, available: int) -> None:
     kit = spaced(GIB, available, over=3.0)
     left = available_bytes(kit.store, kit.provisioned, "off")
     before = tree(kit.store.root)

@@ -34,6 +34,7 @@ def test_list_restore_and_purge(kit: Kit) -> None:
     found = json.loads(out)["entries"]
     assert (status, {entry["id"] for entry in found}) == (0, set(entries))
     assert {entry["claim"] for entry in found} == {"shop/data"}
+    assert all(entry["exclusive_bytes"] == entry["allocated_bytes"] > 64 * 1024 for entry in found)
     assert "shop/data" in run(kit, "ls")[1]
     kit.create("v")
     status, _, err = run(kit, "restore", entries[0])
