@@ -387,7 +387,7 @@ def unsynced_removal(patch: pytest.MonkeyPatch) -> None:
             right(steps, path, name)
 
     patch.setattr(Steps, "rename", rename)
-    patch.setattr(Steps, "unlink", lambda self, path: self.discard(path) or True)
+    patch.setattr(Steps, "unlink", lambda self, path, **_: self.discard(path) or True)
 
 
 @pytest.mark.parametrize(
