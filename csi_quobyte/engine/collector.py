@@ -79,7 +79,7 @@ class Collector:
     ) -> None:
         """See `Merger` for `merges` and `speed_bytes_per_s`."""
         self._pool = pool
-        self._merger = Merger(pool, tools, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
+        self._merger = Merger(pool, tools, self.release, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._said = ""

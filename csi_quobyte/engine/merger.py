@@ -29,6 +29,7 @@ from csi_quobyte.pool.store import Store
 log = logging.getLogger(__name__)
 
 AGAIN_AFTER_S = 15.0  # after a merge that stepped back for somebody
+_QUIET_S = 5.0  # a layer that has lost a reference often loses the next one soon, and can be dropped then
 _GRACE_AND_A_BIT_S = merging.GRACE_S + 1.0
 
 
@@ -146,11 +147,21 @@ class Merger:
     All methods but `stop` return at once.
     """
 
-    def __init__(self, pool: Pool, tools: QemuTools, *, begins: bool, speed_bytes_per_s: int | None = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        tools: QemuTools,
+        drop: Callable[[str], None],
+        *,
+        begins: bool,
+        speed_bytes_per_s: int | None = None,
+    ) -> None:
         """Without `begins` it begins no merge, and still ends what another process has begun.
 
-        `speed_bytes_per_s` limits what it moves.
+        `drop` is told, and returns at once, which layer nothing refers to: while it was merged, nobody could drop it.
+        `speed_bytes_per_s` limits what is moved.
         """
+        self._drop = drop
         self._pool = pool
         self._tools = tools
         self._begins = begins
@@ -172,7 +183,7 @@ class Merger:
     def look_at(self, layer_id: str, *, closed: bool = False) -> None:
         """Tell that a layer has lost a reference, or that a node has closed it: then it is left alone for a while."""
         if self._begins:
-            self._queue(layer_id, _GRACE_AND_A_BIT_S if closed else 0.0)
+            self._queue(layer_id, _GRACE_AND_A_BIT_S if closed else _QUIET_S)
 
     def take(self, work: Work) -> None:
         """Tell what a look at the whole pool has found; what an earlier one has found is forgotten."""
@@ -246,8 +257,8 @@ class Merger:
     def _do(self, store: Store, thing: Work | str) -> None:
         if isinstance(thing, Work):
             self._end(store, thing)
-            for layer_id in thing.free:
-                self.look_at(layer_id)
+            for layer_id in thing.free if self._begins else ():
+                self._queue(layer_id, 0.0)
         elif (layer := store.find_layer(thing)) and layer.merge:
             self._end(store, Work(begun=(thing,)))
         elif self._begins and (plan := plan_near(store, thing)):
@@ -282,9 +293,13 @@ class Merger:
             )
         except Busy as error:  # somebody wants the volume: later
             log.info("merger of pool %s: %s", self._pool.name, error)
+            if not store.markers(plan.layer):
+                self._drop(plan.layer)
             self._queue(plan.layer, AGAIN_AFTER_S)
             return
         if done:
             telemetry.LAYERS_MERGED.labels(self._pool.name, plan.kind).inc()
             log.info("%s of layer %s took %.1f s", plan.kind, plan.layer, time.monotonic() - started)
             self.look_at(plan.parent or plan.child)
+        elif not store.markers(plan.layer):
+            self._drop(plan.layer)

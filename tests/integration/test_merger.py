@@ -23,8 +23,9 @@ DEADLINE_S = 30.0
 
 
 @pytest.fixture
-def start(kit: Kit) -> Iterator[Callable[..., Collector]]:
+def start(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Collector]]:
     """Start the collector of another process on the pool."""
+    monkeypatch.setattr(merger_module, "_QUIET_S", 0.1)
     started: list[Collector] = []
 
     def begin(**named: object) -> Collector:
@@ -188,3 +189,18 @@ def test_merge_of_a_host_that_is_gone_is_ended_as_soon_as_its_lease_is_over(
     start(merges=False)
     wait_for("the end of the merge", lambda: kit.store.layer(layer_id).merge is None, timeout_s=DEADLINE_S)
     assert kit.holds("v", 1, 2)
+
+
+def test_layer_that_loses_its_child_while_it_is_merged_is_dropped_soon(
+    kit: Kit, start: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drop comes upon a layer that is being merged; a look at everything would come minutes later."""
+    monkeypatch.setattr(merging, "SETTLE_S", 2.0)
+    running = start()
+    layer_id = two_layers(kit)
+    running.release(layer_id)
+    wait_for("the note", lambda: kit.store.layer(layer_id).merge is not None, timeout_s=DEADLINE_S)
+    head = kit.chain("v")[0].id
+    kit.delete("v")
+    running.release(head)
+    wait_for("the drop", lambda: list(kit.store.layer_ids()) == [], timeout_s=DEADLINE_S)
