@@ -10,7 +10,7 @@ from contextlib import suppress
 import click
 
 from csi_quobyte import __version__
-from csi_quobyte.cli import check, doctor, gc, pool, serve, show, trash
+from csi_quobyte.cli import check, doctor, gc, image, pool, serve, show, trash
 from csi_quobyte.errors import AlreadyExists, Busy, DriverError, NotFound, Refused
 
 _REFUSED = (Refused, NotFound, AlreadyExists, Busy)
@@ -33,6 +33,7 @@ for command in (
     show.tree,
     trash.trash,
     doctor.doctor,
+    image.image,
 ):
     cli.add_command(command)
 

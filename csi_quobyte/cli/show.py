@@ -20,7 +20,9 @@ from csi_quobyte.engine.space import LayerSpace, Space, space_of
 from csi_quobyte.errors import NotFound
 from csi_quobyte.pool.mount import RequireMount
 from csi_quobyte.pool.records import (
+    ImageRecord,
     LayerRecord,
+    Owning,
     SnapshotRecord,
     VolumeRecord,
     is_layer_id,
@@ -40,7 +42,7 @@ _looking = options.combined(options.pools(required=True), options.require_mount,
 @click.command()
 @_looking
 def ls(pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
-    """List volumes and snapshots."""
+    """List volumes, snapshots and golden images."""
     with open_pools(pool, require_mount) as opened:
         rows = [row for one, store in opened for row in _rows(one.name, store, index_module.read(store))]
         if as_json:
@@ -72,7 +74,7 @@ def _print_objects(rows: list[dict[str, Any]]) -> None:
 @click.argument("record_id", metavar="ID")
 @_looking
 def show(record_id: str, pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
-    """Show one volume, snapshot or layer whole: its record, its chain, its files and who refers to it."""
+    """Show one volume, snapshot, golden image or layer whole: its record, its chain, its files and who refers to it."""
     with open_pools(pool, require_mount) as opened:
         for one, store in opened:
             if found := _details(store, record_id):
@@ -132,7 +134,7 @@ def _sizes(space: Space) -> dict[str, int]:
     }
 
 
-def _space_in(found: Index, allocated: dict[str, int | None], record: VolumeRecord | SnapshotRecord) -> dict[str, int]:
+def _space_in(found: Index, allocated: dict[str, int | None], record: Owning) -> dict[str, int]:
     """Give the space of an object from one reading of the pool."""
 
     def layer(layer_id: str) -> LayerSpace:
@@ -149,7 +151,7 @@ def _space_in(found: Index, allocated: dict[str, int | None], record: VolumeReco
     return _sizes(space_of(marker_of(record), chain, layer(cache) if cache else None))
 
 
-def space_now(store: Store, record: VolumeRecord | SnapshotRecord) -> dict[str, int]:
+def space_now(store: Store, record: Owning) -> dict[str, int]:
     """Give the space of one object, also one in the trash, from its chain alone."""
     chain = _chain(store, layer_of(record))
     layers = [
@@ -189,6 +191,18 @@ def _rows(pool: str, store: Store, found: Index) -> Iterator[dict[str, Any]]:
             "node": "",
             "source": snapshot.source_volume,
         }
+    for image in found.images.values():
+        yield {
+            "pool": pool,
+            "kind": "image",
+            "id": image.id,
+            "name": image.name,
+            "size_bytes": image.size_bytes,
+            **_space_in(found, allocated, image),
+            "state": str(image.state),
+            "node": "",
+            "source": "",
+        }
     for record_id, detail in found.unreadable.items():
         yield {"pool": pool, "kind": "damaged", "id": record_id, "name": "", "size_bytes": 0, **_sizes(Space(0, 0))} | {
             "state": "unreadable",
@@ -201,8 +215,9 @@ def _details(store: Store, record_id: str) -> dict[str, Any] | None:
     """Give everything about one object, None when there is none of this id."""
     if not (parse_id(record_id) or is_layer_id(record_id)):
         return None
-    record: VolumeRecord | SnapshotRecord | LayerRecord | None
-    record = store.find_volume(record_id) or store.find_snapshot(record_id) or store.find_layer(record_id)
+    record: VolumeRecord | SnapshotRecord | ImageRecord | LayerRecord | None
+    record = store.find_volume(record_id) or store.find_snapshot(record_id) or store.find_image(record_id)
+    record = record or store.find_layer(record_id)
     if record is None:
         return None
     details = asdict(record)
@@ -213,7 +228,7 @@ def _details(store: Store, record_id: str) -> dict[str, Any] | None:
             details |= space_now(store, record)
             if record.pinned:
                 details["copy"] = store.progress(record.head) or "waits for the next call of CreateVolume, or its turn"
-        case SnapshotRecord():
+        case SnapshotRecord() | ImageRecord():
             details["chain"] = list(_chain(store, record.layer))
             details |= space_now(store, record)
         case LayerRecord():
@@ -292,6 +307,11 @@ def _who(found: Index, layer: LayerRecord) -> list[str]:
         elif marker and marker.kind == "s":
             snapshot = found.snapshots.get(marker.id)
             names.append(f"snapshot {snapshot.name if snapshot else marker.id}")
+        elif marker and marker.kind == "i":
+            image = found.images.get(marker.id)
+            names.append(f"image {image.name if image else marker.id}")
+        elif marker and (job := found.jobs.get(marker.id)):
+            names.append(job.what)
     return names
 
 

@@ -14,6 +14,7 @@ from csi_quobyte.errors import Corrupt, DriverError, Refused
 from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import chain_of
 from csi_quobyte.pool.records import (
+    ImageState,
     LayerRecord,
     LayerState,
     SnapshotState,
@@ -21,6 +22,7 @@ from csi_quobyte.pool.records import (
     VolumeRecord,
     VolumeState,
     child_marker,
+    image_marker,
     is_layer_id,
     layer_of,
     marker_of,
@@ -132,9 +134,13 @@ def _records(store: Store, found: Index) -> Iterator[Finding]:
     for path, detail in store.unreadable_aside():
         yield Finding("unreadable-record", "", path, detail)
     unfinished = [(v.id, str(v.state)) for v in found.volumes.values() if v.state is not VolumeState.READY]
+    unfinished += [(i.id, str(i.state)) for i in found.images.values() if i.state is not ImageState.READY]
     unfinished += [(s.id, str(s.state)) for s in found.snapshots.values() if s.state is not SnapshotState.READY]
     for record_id, state in unfinished:
         yield Finding("unfinished", record_id, "", f"state {state}: retry the call, or delete the object")
+    for job in found.jobs.values():
+        if store.is_over(job):
+            yield Finding("unfinished", job.id, store.job_record_path(job.id), f"the process has ended: {job.what}")
     for entry_id, entry in found.trash.items():
         if entry.trash and entry.trash.state is not TrashState.KEPT:
             yield Finding("unfinished", entry_id, "", f"{entry.trash.state}: retry that, or leave it to the collector")
@@ -183,6 +189,9 @@ def needed(found: Index) -> Iterator[tuple[str, str, str]]:
     for entry_id, entry in found.trash.items():
         if entry.trash and entry.trash.state is TrashState.KEPT:
             yield layer_of(entry), marker_of(entry), entry_id
+    for image in found.images.values():
+        if image.state is ImageState.READY:
+            yield image.layer, image_marker(image), image.id
     for layer in found.layers.values():
         if layer.parent and layer.state is not LayerState.RETIRED:
             yield layer.parent, child_marker(layer.id), layer.id

@@ -30,10 +30,12 @@ from csi_quobyte.pool import records
 from csi_quobyte.pool.pace import Pace, no_pace
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import (
+    ImageState,
     LayerState,
     SnapshotState,
     TrashState,
     VolumeState,
+    child_marker,
     is_layer_id,
     note_uid,
     parse_marker,
@@ -240,6 +242,7 @@ def _sweep(store: Store, pace: Callable[[], None]) -> tuple[Report, Index]:
     with store.lock(_LOCK):
         report = Report()
         found = index_module.read(store, brief=True, pace=pace)
+        _end_dead_jobs(store, found, report)
         _finish_deletes(store, found, report)
         _empty_trash(store, found, report)
         _finish_freezes(store, found, report)
@@ -304,6 +307,16 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
                     report.finished_deletes += 1
                     report.layers += layers.drop_upwards(store, released)
                     report.layers += layers.drop_upwards(store, current_snapshot.cache)
+    # One that is being made now has its lock held; where locks do not reach, its job's record says so.
+    is_importing = any(not store.is_over(job) for job in found.jobs.values())
+    for image in found.images.values():
+        if image.state is ImageState.DELETING or (image.state is ImageState.CREATING and not is_importing):
+            with _if_free(store, report, image.id) as free:
+                current_image = store.find_image(image.id) if free else None
+                if current_image and current_image.state is not ImageState.READY:
+                    released_image = removal.remove_image(store, current_image)
+                    report.finished_deletes += 1
+                    report.layers += layers.drop_upwards(store, released_image)
 
 
 def _empty_trash(store: Store, found: Index, report: Report) -> None:
@@ -336,6 +349,21 @@ def _finish_freezes(store: Store, found: Index, report: Report) -> None:
                     report.finished_freezes += 1
 
 
+def _end_dead_jobs(store: Store, found: Index, report: Report) -> None:
+    """Take away what jobs hold whose processes have died: their marker, then their record."""
+    for job in found.jobs.values():
+        if not store.is_over(job):
+            continue
+        with _if_free(store, report):
+            # One that has renewed it at this moment after all is left alone; from here on it cannot renew it any more.
+            ended = store.swap(job, job)
+            if ended.layer:
+                store.unmark(ended.layer, child_marker(ended.id))
+            store.remove(ended)
+            report.files += 1
+            log.info("the process has ended that made this: %s", job.what)
+
+
 def _undo_announced(store: Store, found: Index, report: Report) -> None:
     """Undo the blank volumes whose making a crash has ended; one that is being made now has its lock held."""
     for layer_id, volume_id in found.announced.items():
@@ -358,7 +386,7 @@ def _remove_stale_markers(store: Store, found: Index, report: Report, pace: Call
             marker = parse_marker(name)
             if marker is None or found.needs(layer_id, marker):
                 continue
-            locks = [marker.id] if marker.kind in {"v", "s"} else []
+            locks = [marker.id] if marker.kind in {"v", "s", "i"} else []
             with _if_free(store, report, *locks) as free:
                 if free and not index_module.is_needed_now(store, layer_id, marker):
                     log.warning("marker %s on layer %s belongs to nothing and is removed", name, layer_id)

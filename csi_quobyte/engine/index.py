@@ -19,9 +19,12 @@ from csi_quobyte.errors import Corrupt
 from csi_quobyte.pool.pace import no_pace
 from csi_quobyte.pool.records import (
     Deletable,
+    ImageRecord,
+    JobRecord,
     LayerRecord,
     LayerState,
     Marker,
+    Owning,
     SnapshotRecord,
     VolumeRecord,
     VolumeState,
@@ -64,6 +67,8 @@ class Index:
 
     volumes: dict[str, VolumeRecord] = field(default_factory=dict)
     snapshots: dict[str, SnapshotRecord] = field(default_factory=dict)
+    images: dict[str, ImageRecord] = field(default_factory=dict)
+    jobs: dict[str, JobRecord] = field(default_factory=dict)
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     trash: dict[str, Deletable] = field(default_factory=dict)
     refs: dict[str, list[str]] = field(default_factory=dict)
@@ -90,6 +95,7 @@ class Index:
         intended |= {snapshot.next for snapshot in snapshots if snapshot.next}
         caches = {snapshot.cache for snapshot in self.snapshots.values() if snapshot.cache}
         intended |= caches - self.layers.keys()
+        intended |= {image.layer for image in self.images.values() if image.unfinished}
         return frozenset(intended | self.announced.keys())
 
     @cached_property
@@ -109,9 +115,11 @@ class Index:
 
     @cached_property
     def named_layers(self) -> dict[str, str]:
-        """Each layer id that a record names as head, snapshot or parent, with the id of what names it."""
+        """Each layer id that a record names as head, snapshot, image, parent or read, with the id of what names it."""
         named = {snapshot.layer: snapshot.id for snapshot in self.snapshots.values()}
         named |= {snapshot.cache: snapshot.id for snapshot in self.snapshots.values() if snapshot.cache}
+        named |= {image.layer: image.id for image in self.images.values()}
+        named |= {job.layer: job.id for job in self.jobs.values() if job.layer}
         named |= {layer_of(entry): entry_id for entry_id, entry in self.trash.items()}
         named |= {layer.parent: layer.id for layer in self.layers.values() if layer.parent}
         named |= {volume.head: volume.id for volume in self.volumes.values()}
@@ -120,11 +128,13 @@ class Index:
 
     @cached_property
     def held_layers(self) -> frozenset[str]:
-        """The layer ids that volumes and snapshots name themselves, or that may be under way."""
+        """The layer ids that volumes, snapshots, images and jobs name themselves, or that may be under way."""
         held = {volume.head for volume in self.volumes.values()}
         held |= {volume.parent for volume in self.volumes.values() if volume.parent}
         held |= {snapshot.layer for snapshot in self.snapshots.values()}
         held |= {snapshot.cache for snapshot in self.snapshots.values() if snapshot.cache}
+        held |= {image.layer for image in self.images.values()}
+        held |= {job.layer for job in self.jobs.values() if job.layer}
         held |= {layer_of(entry) for entry in self.trash.values()}
         return frozenset(held) | self.intended_layers
 
@@ -164,6 +174,8 @@ class Index:
             return True
         match marker.kind:
             case "c":
+                if (job := self.jobs.get(marker.id)) and job.layer == layer_id:
+                    return True
                 child = self.layers.get(marker.id)
                 # a child that a volume or snapshot names and that has no record is damage, not garbage; one without
                 # a parent is a copy: once that is finished, its marker in what it was made from is left over
@@ -177,6 +189,9 @@ class Index:
                 if snapshot is None or snapshot.uid != marker.uid:
                     return False
                 return layer_id in {snapshot.layer, snapshot.cache}
+            case "i":
+                image = self.images.get(marker.id)
+                return image is not None and image.uid == marker.uid and image.layer == layer_id
             case "v":
                 if self.announced.get(layer_id) == marker.id or marker.id in self.broken_volumes:
                     return True
@@ -188,7 +203,7 @@ class Index:
 
 @dataclass
 class Names:
-    """Which layers the records of a pool name, and which of them volumes and snapshots hold; see `Index`."""
+    """Which layers the records of a pool name, and which of them are held by more than other layers; see `Index`."""
 
     named: set[str] = field(default_factory=set)
     held: set[str] = field(default_factory=set)
@@ -218,7 +233,10 @@ def is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
         # One of a child with another parent is left by a merge, or a merge is about to need it: see merger. One of a
         # child without a parent, which never gets one, is left by a copy.
         child = store.find_layer(marker.id)
-        return child is not None and child.parent is not None
+        if child is None:
+            job = store.find_job(marker.id)
+            return job is not None and job.layer == layer_id
+        return child.parent is not None
     if any(name.endswith(f".restore-{marker.uid}") for name in store.trash_strays()):
         return True
     owner = find_owner(store, marker)
@@ -227,9 +245,20 @@ def is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
     return owner is not None and layer_of(owner) == layer_id
 
 
-def find_owner(store: Store, marker: Marker) -> Deletable | None:
-    """Give the volume or snapshot that a marker names, or its entry in the trash; None for another use of its id."""
-    owner = store.find_volume(marker.id) if marker.kind == "v" else store.find_snapshot(marker.id)
+def find_owner(store: Store, marker: Marker) -> Owning | None:
+    """Give the volume, snapshot or image that a marker names, or its entry in the trash; None for another use of its
+    id, and for a layer's or job's marker.
+    """
+    owner: Owning | None = None
+    match marker.kind:
+        case "v":
+            owner = store.find_volume(marker.id)
+        case "s":
+            owner = store.find_snapshot(marker.id)
+        case "i":
+            owner = store.find_image(marker.id)
+        case "c":
+            return None
     if owner and owner.uid == marker.uid:
         return owner
     return store.find_trashed(marker.owners[-1])
@@ -248,11 +277,16 @@ def read(store: Store, *, brief: bool = False, pace: Callable[[], None] = no_pac
         _read_layer_files(store, index, shard, names, pace)
     # announcements, too, are made before what they name: looked for after the markers and before the records that
     # they become
-    for folder in ("volumes", "snapshots"):
+    for folder in ("volumes", "snapshots", "images"):
         for shard, names in store.listings(folder):
             index.strays += [Stray(folder, shard, name) for name in names if not is_record(name)]
             pace()
     index.strays += [Stray("trash", "", name) for name in store.trash_strays()]
+    index.strays += [Stray("jobs", "", name) for name in store.job_claims()]
+    # A volume is made from an image while that is there: images are read before volumes. An image is made while its
+    # job is there: jobs are read after images.
+    for image_id, image in _records(store.image_ids(), store.find_image, index.unreadable, pace):
+        index.images[image_id] = _brief_image(image) if brief else image
     # What is deleted moves from its record to the trash, what is restored the other way, and each is at the new place
     # before it leaves the old one: so the trash is read before the records and once more after them.
     for entry_id, entry in _entries(store, store.trash_ids(), index.unreadable, pace):
@@ -264,14 +298,15 @@ def read(store: Store, *, brief: bool = False, pace: Callable[[], None] = no_pac
     later = (entry_id for entry_id in store.trash_ids() if entry_id not in index.trash)
     for entry_id, entry in _entries(store, later, index.unreadable, pace):
         index.trash[entry_id] = _brief_entry(entry) if brief else entry
+    index.jobs.update(_jobs(store, index.unreadable, pace))
     for layer_id, layer in _records(store.layer_ids(), store.find_layer, index.unreadable, pace):
         index.layers[layer_id] = _brief_layer(layer) if brief else layer
     return index
 
 
 def read_names(store: Store, *, pace: Callable[[], None] = no_pace) -> Names:
-    """Read which layers are named now: announcements first, the records that they become after; the trash before and
-    after the records, see `read`.
+    """Read which layers are named now: announcements first, the records that they become after; images before volumes,
+    the trash before and after the records, jobs after what they read; see `read`.
     """
     found = Names()
     announced = Index()
@@ -279,6 +314,8 @@ def read_names(store: Store, *, pace: Callable[[], None] = no_pace) -> Names:
         announced.strays += [Stray("volumes", shard, name) for name in names if ".new-" in name]
         pace()
     found.add(announced)
+    for images in _parts(_records(store.image_ids(), store.find_image, found.unreadable, pace)):
+        found.add(Index(images=images))
     for entries in _parts(_entries(store, store.trash_ids(), found.unreadable, pace)):
         found.add(Index(trash=entries))
     for volumes in _parts(_records(store.volume_ids(), store.find_volume, found.unreadable, pace)):
@@ -287,6 +324,7 @@ def read_names(store: Store, *, pace: Callable[[], None] = no_pace) -> Names:
         found.add(Index(snapshots=snapshots))
     for entries in _parts(_entries(store, store.trash_ids(), found.unreadable, pace)):
         found.add(Index(trash=entries))
+    found.add(Index(jobs=dict(_jobs(store, found.unreadable, pace))))
     for layers in _parts(_records(store.layer_ids(), store.find_layer, found.unreadable, pace)):
         found.add(Index(layers=layers))
     return found
@@ -330,6 +368,15 @@ def _entries(
     return _records(ids, store.find_trashed, unreadable, pace)
 
 
+def _jobs(store: Store, unreadable: dict[str, str], pace: Callable[[], None]) -> Iterator[tuple[str, JobRecord]]:
+    """Give the records of all jobs. One that cannot be read is put down as `job-<id>`: its id has the form of a layer's
+    id, and what a damaged layer record allows must not be done for a damaged job.
+    """
+    damaged: dict[str, str] = {}
+    yield from _records(store.job_ids(), store.find_job, damaged, pace)
+    unreadable.update({f"job-{job_id}": detail for job_id, detail in damaged.items()})
+
+
 def _shared(text: str | None) -> str | None:
     """Give the one copy of an id in memory: several records name the same layer."""
     return sys.intern(text) if text else None
@@ -363,6 +410,18 @@ def _brief_snapshot(snapshot: SnapshotRecord) -> SnapshotRecord:
         content=None,
         created_at=_NO_TIME,
         kubernetes=_NOTHING,
+        nonce="",
+    )
+
+
+def _brief_image(image: ImageRecord) -> ImageRecord:
+    return replace(
+        image,
+        id=sys.intern(image.id),
+        name="",
+        layer=sys.intern(image.layer),
+        content=None,
+        created_at=_NO_TIME,
         nonce="",
     )
 

@@ -5,7 +5,7 @@ everything is written a second time in the pool, and is taken when the witnesses
 
     format, file     the one image file that has the layer's id
     size             the image's header or length; not below the parent's, not above the children's
-    state            head: a volume that can be read says so; frozen: a snapshot or child refers to it and no volume
+    state            head: a volume that can be read says so; frozen: a snapshot, image or child needs it and no volume
     parent           the backing name in the image, *and* the child marker, which must be in that layer's refs and in
                      no other's. A merge writes the name early, and has both markers while it changes the parent: so
                      as long as a merge is on its way, or was left half done, the two do not agree.
@@ -18,6 +18,8 @@ from csi_quobyte.errors import Corrupt
 from csi_quobyte.pool import images
 from csi_quobyte.pool.records import (
     ImageFormat,
+    ImageRecord,
+    ImageState,
     LayerRecord,
     LayerState,
     SnapshotRecord,
@@ -25,6 +27,7 @@ from csi_quobyte.pool.records import (
     VolumeRecord,
     VolumeState,
     child_marker,
+    image_marker,
     parse_marker,
     snapshot_marker,
     volume_marker,
@@ -67,6 +70,20 @@ def rebuild_snapshot(store: Store, found: Index, snapshot_id: str) -> SnapshotRe
     if record.state is not SnapshotState.READY or record.unfinished:
         raise Uncertain(f"its state was {record.state}: repeat the call, or delete it")
     if snapshot_marker(record) not in found.refs.get(record.layer, []):
+        raise Uncertain(f"layer {record.layer}, which its file names, has no marker of it")
+    return record
+
+
+def rebuild_image(store: Store, found: Index, image_id: str) -> ImageRecord:
+    """Give a golden image's record from what is left of its text; see `rebuild_volume`."""
+    data = store.damaged_bytes("images", image_id)
+    record = salvage(ImageRecord, data) if data else None
+    _check_no_change_under_way(found, image_id)
+    if record is None or record.id != image_id:
+        raise Uncertain("what its file still says is not all of it; csi-quobyte image rm removes it")
+    if record.state is not ImageState.READY or record.unfinished:
+        raise Uncertain(f"its state was {record.state}: csi-quobyte image rm removes it")
+    if image_marker(record) not in found.refs.get(record.layer, []):
         raise Uncertain(f"layer {record.layer}, which its file names, has no marker of it")
     return record
 
@@ -140,7 +157,7 @@ def _state(found: Index, layer_id: str) -> LayerState:
         return LayerState.HEAD
     if any(isinstance(entry, VolumeRecord) and entry.head == layer_id for entry in found.trash.values()):
         return LayerState.HEAD
-    if any(marker.kind in {"c", "s"} and found.needs(layer_id, marker) for marker in markers if marker):
+    if any(marker.kind in {"c", "s", "i"} and found.needs(layer_id, marker) for marker in markers if marker):
         return LayerState.FROZEN
     raise Uncertain("nothing that can be read needs it")
 

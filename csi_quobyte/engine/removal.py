@@ -7,17 +7,20 @@ by the delete calls themselves, by a create that fails or finds an old object of
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from csi_quobyte.engine import index, layers, trash
-from csi_quobyte.errors import Corrupt, Exhausted, NotFound, OutOfRange, Refused, Unavailable
+from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, OutOfRange, Refused, Unavailable
 from csi_quobyte.pool.records import (
+    ImageRecord,
+    ImageState,
     SnapshotRecord,
     SnapshotState,
     VolumeRecord,
     VolumeState,
     child_marker,
+    image_marker,
     parse_marker,
     snapshot_marker,
     volume_marker,
@@ -111,6 +114,24 @@ def remove_snapshot(store: Store, snapshot: SnapshotRecord) -> str:
     store.unmark(snapshot.layer, snapshot_marker(snapshot))
     store.remove(snapshot)
     return snapshot.layer
+
+
+def remove_image(store: Store, image: ImageRecord) -> str | None:
+    """Take a golden image away, or undo one that never became ready; gives the layer it leaves.
+
+    The caller holds the lock of the image. Volumes that lie on it are not concerned.
+    """
+    if image.state is not ImageState.DELETING:
+        image = store.swap(image, replace(image, state=ImageState.DELETING))
+    if image.unfinished:
+        # Whoever has seen it ready has made a volume of it; a power cut may have taken that word back since. What else
+        # refers to the layer then lives on, as after any removal.
+        with suppress(Busy):
+            layers.abandon(store, image.layer, image_marker(image), parent=None)
+    else:
+        store.unmark(image.layer, image_marker(image))
+    store.remove(image)
+    return None if image.unfinished else image.layer
 
 
 def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> None:

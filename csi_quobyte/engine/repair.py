@@ -23,7 +23,14 @@ from csi_quobyte.engine.check import CheckImage, Finding, Kind, Result
 from csi_quobyte.engine.index import Index
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merging import is_in_grace
-from csi_quobyte.engine.rebuild import Uncertain, parents_by_marker, rebuild_layer, rebuild_snapshot, rebuild_volume
+from csi_quobyte.engine.rebuild import (
+    Uncertain,
+    parents_by_marker,
+    rebuild_image,
+    rebuild_layer,
+    rebuild_snapshot,
+    rebuild_volume,
+)
 from csi_quobyte.errors import Busy, Corrupt, DriverError, NotFound, Refused
 from csi_quobyte.host import qemu_img
 from csi_quobyte.host.qemu import QemuTools
@@ -31,6 +38,7 @@ from csi_quobyte.pool import images, records
 from csi_quobyte.pool.records import (
     LayerRecord,
     LayerState,
+    Owning,
     R,
     SnapshotState,
     VolumeRecord,
@@ -110,10 +118,11 @@ class _Task:
 
 @dataclass
 class _Users:
-    """The volumes and snapshots that lie on a layer, and the records that cannot be read and may lie on it."""
+    """The volumes, snapshots and images that lie on a layer, and the records that cannot be read and may lie on it."""
 
     volumes: set[str] = field(default_factory=set)
     snapshots: set[str] = field(default_factory=set)
+    images: set[str] = field(default_factory=set)
     trashed: set[str] = field(default_factory=set)
     unknown: set[str] = field(default_factory=set)
 
@@ -223,11 +232,22 @@ def _check_unchanged(store: Store, found: Index, record_ids: Iterable[str]) -> N
         parsed = parse_id(record_id)
         if record_id in found.unreadable or parsed is None:
             continue
-        is_volume = parsed.kind == "vol"
-        current = store.find_volume(record_id) if is_volume else store.find_snapshot(record_id)
-        seen = found.volumes.get(record_id) if is_volume else found.snapshots.get(record_id)
+        current, seen = _now_and_then(store, found, record_id, parsed.kind)
         if (current is None) != (seen is None) or (current and seen and not same_version(current, seen)):
             raise Busy(f"{record_id} was changed by another operation at this moment")
+
+
+def _now_and_then(
+    store: Store, found: Index, record_id: str, kind: Literal["vol", "snap", "img"]
+) -> tuple[Owning | None, Owning | None]:
+    """Give a record as it is, and as it was when the pool was read."""
+    match kind:
+        case "vol":
+            return store.find_volume(record_id), found.volumes.get(record_id)
+        case "snap":
+            return store.find_snapshot(record_id), found.snapshots.get(record_id)
+        case "img":
+            return store.find_image(record_id), found.images.get(record_id)
 
 
 @contextmanager
@@ -272,8 +292,9 @@ def _collect(store: Store, tools: QemuTools) -> DriverError | None:
         while True:
             for _ in collector.collect(store, tools, merges=False):
                 pass
-            folders = [listing for folder in ("volumes", "snapshots", "layers") for listing in store.listings(folder)]
-            names = [name for _, shard in folders for name in shard] + store.trash_strays()
+            folders = ("volumes", "snapshots", "images", "layers")
+            listings = [listing for folder in folders for listing in store.listings(folder)]
+            names = [name for _, shard in listings for name in shard] + store.trash_strays() + store.job_claims()
             if not any(".json.g" in name for name in names) or time.monotonic() >= deadline:
                 return None
             time.sleep(_PAUSE_S)
@@ -334,6 +355,12 @@ def _rebuilding(store: Store, found: Index, finding: Finding) -> _Task:
         return _Task("rebuild-record", _words(layer), locks, lambda: _replace_layer(store, found, layer))
     if parse_trash_id(record_id):
         raise Uncertain("it is in the trash: csi-quobyte trash purge removes it")
+    if record_id.startswith("job-"):
+        raise Uncertain("an import or another long command: when no such command runs anywhere, remove this file")
+    if (parsed := parse_id(record_id)) and parsed.kind == "img":
+        image = rebuild_image(store, found, record_id)
+        reason = f"its file was cut off behind all that matters; it refers to layer {image.layer}"
+        return _Task("rebuild-record", reason, frozenset({record_id}), lambda: _replace(store, "images", image))
     if (parsed := parse_id(record_id)) and parsed.kind == "snap":
         snapshot = rebuild_snapshot(store, found, record_id)
         locks = frozenset({record_id, snapshot.source_volume})
@@ -380,7 +407,7 @@ def _remaking(store: Store, found: Index, finding: Finding) -> _Task:
 
 
 def _direct_users(found: Index, layer: LayerRecord) -> frozenset[str]:
-    """Name who may change a layer's record: the volume whose head it is or was, and what snapshots are of it.
+    """Name who may change a layer's record: the volume whose head it is or was, and the snapshots and images of it.
 
     Nobody can open a chain through a record that cannot be read. The image of an attached head grows, so that its size
     is not read under its daemon's hands.
@@ -503,9 +530,9 @@ def _idle(found: Index, layer_id: str) -> frozenset[str]:
     trashed = [found.trash[entry_id] for entry_id in users.trashed]
     if any(isinstance(entry, VolumeRecord) and is_in_grace(entry) for entry in trashed):
         raise _InUse("a volume that lies on it was deleted a moment ago: its node may have been lost, and still write")
-    names = users.volumes | users.snapshots | {entry.id for entry in trashed}
+    names = users.volumes | users.snapshots | users.images | {entry.id for entry in trashed}
     if len(names) > _LOCKS_AT_MOST:
-        raise Uncertain(f"{len(names)} volumes and snapshots lie on it, too many to keep all of them still")
+        raise Uncertain(f"{len(names)} volumes, snapshots and images lie on it, too many to keep all of them still")
     return frozenset(names)
 
 
@@ -518,14 +545,17 @@ def _users(found: Index, layer_id: str) -> _Users:
         markers = [marker for marker in map(parse_marker, found.refs.get(layer, [])) if marker]
         owners = {marker.id for marker in markers if marker.kind != "c"}
         users.unknown |= {owner for marker in markers for owner in marker.owners} & found.unreadable.keys()
-        # a child without a record is a reader's marker, or of a layer that is being made
+        # a child without a record is the marker of a job that reads it, or of a layer that is being made
         users.unknown |= {marker.id for marker in markers if marker.kind == "c"} - found.layers.keys()
         users.volumes |= owners & found.volumes.keys()
         users.snapshots |= owners & found.snapshots.keys()
+        users.images |= owners & found.images.keys()
     for volume in found.volumes.values():
         if above & {volume.head, volume.parent, volume.source_next}:
             users.volumes |= {volume.id} | ({volume.source.id} if volume.source_next and volume.source else set())
     users.snapshots |= {one.id for one in found.snapshots.values() if above & {one.layer, one.next, one.cache}}
+    users.images |= {image.id for image in found.images.values() if image.layer in above}
+    users.unknown |= {job.id for job in found.jobs.values() if job.layer in above}
     users.trashed |= {entry_id for entry_id, entry in found.trash.items() if layer_of(entry) in above}
     return users
 

@@ -157,6 +157,38 @@ def stream_up(
     _run(tools, plan, _Vigil(watch, stall_timeout_s), speed_bytes_per_s)
 
 
+def copy_foreign(
+    tools: QemuTools,
+    source_path: str,
+    source_format: qemu_img.ForeignFormat,
+    target_path: str,
+    *,
+    watch: Watch,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
+) -> None:
+    """Copy an image from outside of a pool into `target_path`, which is a qcow2 image that is at least as large, reads
+    as zeros and that nobody else can write. Durable on return; after an error its contents mean nothing.
+
+    The caller has had `qemu_img.foreign_size_bytes` judge the source.
+
+    Raises:
+        Stopped, Exhausted, Unavailable: as `commit_down`.
+    """
+    source = qemu_img.foreign_json(source_path, source_format)
+    options = ["-p", "-n", "--target-is-zero", "-t", "none", "-O", "qcow2"]
+    vigil = _Vigil(watch, stall_timeout_s)
+    vigil.tick()
+    shown_bytes = qemu_img.foreign_size_bytes(tools, source_path, source_format)
+    try:
+        _convert([tools.qemu_img, "convert", *options, source, target_path], shown_bytes, vigil)
+    except _Stalled:
+        raise
+    except Unavailable as error:
+        _raise_if_full(target_path, error)
+        raise
+    qemu_img.sync(target_path)
+
+
 def copy_chain(
     tools: QemuTools,
     chain: Sequence[ImageLayer],

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from csi_quobyte.errors import Corrupt, Refused, Unavailable
 from csi_quobyte.host import command
@@ -251,6 +251,44 @@ def chain_json(layers: Sequence[ImageLayer]) -> str:
         check_features(layer.path, layer.format)
         node = _node(layer.path, layer.format, direct=True, backing=node)
     return "json:" + json.dumps(node)
+
+
+ForeignFormat = Literal["qcow2", "raw", "vdi", "vhdx", "vpc"]
+"""What an image from outside may be. None of QEMU's drivers for these opens another file for one without a parent."""
+
+
+def foreign_json(path: str, format: ForeignFormat) -> str:  # noqa: A002
+    """Return an image from outside of a pool as a "json:" file name for reading, without anything below it."""
+    node: dict[str, Any] = {
+        "driver": format,
+        "file": {"driver": "file", "filename": path, "read-only": True, "locking": "on"},
+        "read-only": True,
+    }
+    if format == "qcow2":
+        node["backing"] = None
+    return "json:" + json.dumps(node)
+
+
+def foreign_size_bytes(tools: QemuTools, path: str, format: ForeignFormat) -> int:  # noqa: A002
+    """Give the virtual size of an image from outside of a pool, whose header the caller has judged if it is qcow2.
+
+    Raises:
+        Refused: QEMU cannot open it as that format, or it needs another file, is encrypted or has internal snapshots.
+    """
+    argv = [tools.qemu_img, "info", "--output=json", foreign_json(path, format)]
+    try:
+        found = _as_json(command.run(argv, timeout_s=INFO_TIMEOUT_S, limits=command.QEMU_IMG_LIMITS), argv)
+    except Unavailable as error:
+        raise Refused(f"{path} cannot be read as {format}: {error}") from error
+    for key, words in (
+        ("backing-filename", "lies on another image"),
+        ("encrypted", "is encrypted"),
+        ("snapshots", "has internal snapshots"),
+    ):
+        if found.get(key):
+            raise Refused(f"{path} {words}: convert it into a plain image first (qemu-img convert)")
+    size_bytes: int = found["virtual-size"]
+    return size_bytes
 
 
 def _alone_json(path: str, format: ImageFormat, *, direct: bool) -> str:  # noqa: A002

@@ -39,6 +39,7 @@ from csi_quobyte.pool.records import (
     Content,
     DataPath,
     ImageFormat,
+    ImageState,
     LayerState,
     OnDelete,
     Preallocation,
@@ -63,8 +64,9 @@ _FINAL = (Exhausted, NotFound, OutOfRange, Refused, Corrupt)
 class CreateRequest:
     """A checked CreateVolume request.
 
-    `filesystem` is empty for a block volume, and for a mount volume when the request does not say: then it is the
-    source's, or ext4. `minimum_bytes` is what the file system needs at least.
+    `source_image` names the golden image that a volume without a source is made from. `filesystem` is empty for a block
+    volume, and for a mount volume when the request does not say: then it is the source's, or ext4. `minimum_bytes` is
+    what the file system needs at least.
     """
 
     name: str
@@ -77,6 +79,7 @@ class CreateRequest:
     mkfs_options: tuple[str, ...]
     source: Source | None
     clone_mode: CloneMode = "overlay"
+    source_image: str = ""
     minimum_bytes: int = GRANULARITY_BYTES
     on_delete: OnDelete = "delete"
     trash_retention_s: int = DEFAULT_TRASH_RETENTION_S
@@ -129,6 +132,9 @@ def create(
         Busy: another operation on this name or on the source is running, or the copy is.
     """
     volume_id = records.volume_id(store.prefix, request.name)
+    if request.source is None and request.source_image:
+        image = Source(kind="image", id=records.image_id(store.prefix, request.source_image))
+        request = replace(request, source=image)
     with _locked(store, volume_id, request.source):
         volume = store.find_volume(volume_id)
         if volume is None:
@@ -274,6 +280,9 @@ def _is_outdated(store: Store, volume: VolumeRecord) -> bool:
     if volume.source.kind == "snapshot":
         snapshot = store.find_snapshot(volume.source.id)
         return snapshot is not None and _is_another(snapshot, volume)
+    if volume.source.kind == "image":
+        image = store.find_image(volume.source.id)
+        return image is not None and image.layer != volume.parent  # one of the same name, imported since
     return layers.intent_is_outdated(
         store,
         volume.source.id,
@@ -311,6 +320,11 @@ def _find_base(store: Store, source: Source | None, clone_mode: CloneMode) -> _B
         if clone_mode == "overlay":  # a copy puts nothing on that chain
             layers.check_depth(store, snapshot.layer)
         return _Base(snapshot.layer, None, snapshot.size_bytes, snapshot.content)
+    if source.kind == "image":
+        image = store.find_image(source.id)
+        if image is None or image.state is not ImageState.READY:
+            raise NotFound(f"there is no image of the name given as sourceImage in this pool ({source.id})")
+        return _Base(image.layer, None, image.size_bytes, image.content)
     volume = layers.detached_volume(store, source.id, to_be="cloned")
     content = store.content(volume)
     if parent := layers.untouched_parent(store, volume):
@@ -375,7 +389,11 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
     the source is seen to be gone here.
     """
     source = volume.source
-    if source and source.kind == "snapshot":
+    if source and source.kind == "image":
+        image = store.find_image(source.id)
+        if image is None or image.state is not ImageState.READY or image.layer != parent_id:
+            raise NotFound(f"image {source.id} was removed meanwhile")
+    elif source and source.kind == "snapshot":
         snapshot = store.find_snapshot(source.id)
         if snapshot is None or snapshot.state is not SnapshotState.READY:
             raise NotFound(f"snapshot {source.id} was deleted meanwhile")

@@ -35,7 +35,7 @@ OnDelete = Literal["delete", "retain", "trash"]
 
 DEFAULT_TRASH_RETENTION_S = 24 * 3600
 
-_RECORD_ID = re.compile(r"([0-9a-f]{8})-(vol|snap)-([0-9a-f]{32})")
+_RECORD_ID = re.compile(r"([0-9a-f]{8})-(vol|snap|img)-([0-9a-f]{32})")
 _UID = re.compile(r"[0-9a-f]{8}")
 _LAYER_ID = re.compile(r"[0-9a-f]{24}")
 
@@ -50,6 +50,14 @@ class VolumeState(StrEnum):
 
 class SnapshotState(StrEnum):
     """Only a `ready` snapshot may be a source."""
+
+    CREATING = "creating"
+    READY = "ready"
+    DELETING = "deleting"
+
+
+class ImageState(StrEnum):
+    """Only a `ready` image may be a source."""
 
     CREATING = "creating"
     READY = "ready"
@@ -81,7 +89,7 @@ class LayerState(StrEnum):
 class Source:
     """What a volume was made from."""
 
-    kind: Literal["snapshot", "volume"]
+    kind: Literal["snapshot", "volume", "image"]
     id: str
 
 
@@ -217,6 +225,47 @@ class SnapshotRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRecord:
+    """A golden image, which volumes are made from by its name: a reference to a frozen layer of its own.
+
+    `unfinished` is true until it was ready once.
+    """
+
+    id: str
+    uid: str
+    name: str
+    state: ImageState
+    layer: str
+    size_bytes: int
+    content: Content | None
+    created_at: datetime
+    unfinished: bool = True
+    kind: Literal["image"] = "image"
+    generation: int = 0
+    nonce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRecord:
+    """A process that is no controller and works in a pool for long, such as an import.
+
+    While this is there, the marker `c-<id>` in `layer` holds that layer and all below it, and the temporary files of
+    `token` are in use. `place`: the mount that it sees the pool by.
+    """
+
+    id: str
+    token: str
+    place: str
+    what: str
+    layer: str | None
+    started_at: datetime
+    renewed_at: datetime
+    kind: Literal["job"] = "job"
+    generation: int = 0
+    nonce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Merge:
     """A change of a chain that is under way; `child` is the layer whose parent becomes `parent` (None: it has none).
 
@@ -340,10 +389,12 @@ class Sized:
     size_bytes: int
 
 
-Record = VolumeRecord | SnapshotRecord | LayerRecord | NodeRecord | LeaseRecord
+Record = VolumeRecord | SnapshotRecord | ImageRecord | LayerRecord | NodeRecord | LeaseRecord | JobRecord
 R = TypeVar("R", bound=Record)
 # What users name and delete; an entry of the trash is such a record, as it was when it was deleted.
 Deletable = VolumeRecord | SnapshotRecord
+# What refers to a layer by a marker with its own id and uid.
+Owning = VolumeRecord | SnapshotRecord | ImageRecord
 D = TypeVar("D")
 
 _ADAPTERS: dict[type, TypeAdapter[object]] = {
@@ -354,6 +405,8 @@ _ADAPTERS: dict[type, TypeAdapter[object]] = {
         LayerRecord,
         NodeRecord,
         LeaseRecord,
+        ImageRecord,
+        JobRecord,
         PoolFormat,
         Content,
         Progress,
@@ -404,15 +457,15 @@ def now() -> datetime:
 
 
 class RecordId(NamedTuple):
-    """The parts of a volume or snapshot id."""
+    """The parts of the id of a volume, snapshot or image."""
 
     pool: str
-    kind: Literal["vol", "snap"]
+    kind: Literal["vol", "snap", "img"]
     digest: str
 
 
 def parse_id(text: str) -> RecordId | None:
-    """Take a volume or snapshot id apart; None when it cannot be one of ours, so that nothing of this id exists."""
+    """Take the id of a volume, snapshot or image apart; None when it cannot be one of ours: nothing of it exists."""
     found = _RECORD_ID.fullmatch(text)
     return RecordId(found[1], found[2], found[3]) if found else None  # type: ignore[arg-type]
 
@@ -429,6 +482,11 @@ def volume_id(pool_prefix: str, name: str) -> str:
 def snapshot_id(pool_prefix: str, name: str) -> str:
     """The id of the snapshot that a CSI name stands for in a pool."""
     return f"{pool_prefix}-snap-{_digest(name)}"
+
+
+def image_id(pool_prefix: str, name: str) -> str:
+    """The id of the golden image that a name stands for in a pool."""
+    return f"{pool_prefix}-img-{_digest(name)}"
 
 
 def node_digest(node_id: str) -> str:
@@ -465,7 +523,9 @@ def parse_trash_id(text: str) -> tuple[RecordId, Incarnation] | None:
     """Take the id of a trash entry apart; None when it cannot be one."""
     record_id, _, uid = text.rpartition("-")
     parsed = parse_id(record_id)
-    return (parsed, Incarnation(id=record_id, uid=uid)) if parsed and _UID.fullmatch(uid) else None
+    if parsed is None or parsed.kind == "img" or not _UID.fullmatch(uid):
+        return None
+    return parsed, Incarnation(id=record_id, uid=uid)
 
 
 def note_uid(ending: str) -> str | None:
@@ -478,20 +538,25 @@ def note_uid(ending: str) -> str | None:
 
 
 class Marker(NamedTuple):
-    """The parts of a marker: `id` is a layer id (c), or a volume (v) or snapshot (s) id whose incarnation is `uid`."""
+    """The parts of a marker: `id` is the id of a layer or job (c), or that of a volume (v), snapshot (s) or image (i)
+    whose incarnation is `uid`.
+    """
 
-    kind: Literal["c", "v", "s"]
+    kind: Literal["c", "v", "s", "i"]
     id: str
     uid: str
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """The ids that the record may have that has made it: a layer's, or an object's and its entry's in the trash."""
+        """The ids that the record may have that has made it: a layer's, or an object's and its entry's in the trash.
+
+        A job's, too, has the form of a layer's.
+        """
         return (self.id,) if self.kind == "c" else (self.id, f"{self.id}-{self.uid}")
 
 
 def child_marker(layer_id: str) -> str:
-    """The marker that a child layer puts into its parent's refs."""
+    """The marker that a child layer puts into its parent's refs, and a job into those of the layer that it reads."""
     return f"c-{layer_id}"
 
 
@@ -505,14 +570,25 @@ def snapshot_marker(snapshot: SnapshotRecord) -> str:
     return f"s-{snapshot.id}-{snapshot.uid}"
 
 
-def layer_of(record: Deletable) -> str:
-    """The layer that a volume or snapshot refers to itself: the head, or what the snapshot shows."""
+def image_marker(image: ImageRecord) -> str:
+    """The marker that a golden image puts into its layer's refs."""
+    return f"i-{image.id}-{image.uid}"
+
+
+def layer_of(record: Owning) -> str:
+    """The layer that a volume, snapshot or image refers to itself: the head, or what the snapshot or image shows."""
     return record.head if isinstance(record, VolumeRecord) else record.layer
 
 
-def marker_of(record: Deletable) -> str:
-    """The marker that a volume or snapshot has in the layer that it refers to."""
-    return volume_marker(record) if isinstance(record, VolumeRecord) else snapshot_marker(record)
+def marker_of(record: Owning) -> str:
+    """The marker that a volume, snapshot or image has in the layer that it refers to."""
+    match record:
+        case VolumeRecord():
+            return volume_marker(record)
+        case SnapshotRecord():
+            return snapshot_marker(record)
+        case ImageRecord():
+            return image_marker(record)
 
 
 def parse_marker(text: str) -> Marker | None:
@@ -522,6 +598,6 @@ def parse_marker(text: str) -> Marker | None:
         return Marker("c", rest, "")
     owner, _, uid = rest.rpartition("-")
     parsed = parse_id(owner)
-    if parsed and len(uid) == 8 and {"v": "vol", "s": "snap"}.get(kind) == parsed.kind:
+    if parsed and len(uid) == 8 and {"v": "vol", "s": "snap", "i": "img"}.get(kind) == parsed.kind:
         return Marker(kind, owner, uid)  # type: ignore[arg-type]
     return None

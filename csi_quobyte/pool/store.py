@@ -3,6 +3,8 @@
     format.json  lock  collector.json  tmp/  reserve/  nodes/<digest>.json
     volumes/<2 hex>/<id>.json            and <id>.content-<uid>, <id>.closed-<uid> (written by the node that has it)
     snapshots/<2 hex>/<id>.json
+    images/<2 hex>/<id>.json
+    jobs/<id>.json
     trash/<id>-<uid>.json                and <id>-<uid>.restore-<uid> (a record that is to be published)
     layers/<2 hex>/<id>.json  <id>.<format>  <id>.refs/<marker>
 
@@ -18,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -30,6 +32,8 @@ from csi_quobyte.pool.records import (
     Closed,
     Content,
     Deletable,
+    ImageRecord,
+    JobRecord,
     LayerRecord,
     LayerState,
     LeaseRecord,
@@ -50,20 +54,22 @@ D = TypeVar("D")
 log = logging.getLogger(__name__)
 
 SHARDS = tuple(f"{number:02x}" for number in range(256))
-_SHARDED = ("volumes", "snapshots", "layers")
-_PLAIN = ("tmp", "reserve", "nodes", "trash")
+_SHARDED = ("volumes", "snapshots", "images", "layers")
+_PLAIN = ("tmp", "reserve", "nodes", "jobs", "trash")
 _SHARD = re.compile(r"[0-9a-f]{2}")
 _TEMPORARY = re.compile(r"(init|[0-9a-f]{16})\.[0-9a-f]{12}")
 _RESERVE = re.compile(r"[0-9a-f]{32}")
 _NODE = re.compile(r"[0-9a-f]{32}\.json")
 _TRASH = re.compile(r"[0-9a-f]{8}-(vol|snap)-[0-9a-f]{32}-[0-9a-f]{8}\.(json(\.g[0-9]+)?|restore-[0-9a-f]{8})")
 _LEASE_CLAIM = re.compile(rf"{records.LEASE_ID}\.json\.g[0-9]+")
+_JOB = re.compile(r"[0-9a-f]{24}\.json(\.g[0-9]+)?")
 _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
 _RECORD_BYTES = 1 << 20
 _READ_BYTES = 1 << 16  # at a time: a buffer of a MiB for each small record costs more than the reading
 _CLAIM_PATIENCE_S = 2.0
 _REREAD_PAUSE_S = 1.1
+_JOB_S = 600.0  # a job that is not renewed for so long, by the clock of who looks, is over
 
 
 def _open_surely(path: str) -> int | None:
@@ -272,6 +278,8 @@ class Store:
         self._steps = Steps(f"{root}/tmp", self._token, _ownership(self.format), observer)
         self._claims_seen: dict[str, tuple[int, float]] = {}
         self._claims_guard = threading.Lock()
+        self._jobs_over: set[str] = set()
+        self._jobs_seen: dict[str, tuple[int, str, float]] = {}
 
     def close(self) -> None:
         """Let go of the pool; what is still running keeps its own open files."""
@@ -344,8 +352,12 @@ class Store:
                 return self._record_path("volumes", record.id)
             case SnapshotRecord():
                 return self._record_path("snapshots", record.id)
+            case ImageRecord():
+                return self._record_path("images", record.id)
             case LayerRecord():
                 return self._record_path("layers", record.id)
+            case JobRecord():
+                return self._job_path(record.id)
             case NodeRecord():
                 return self._node_path(record.id)
             case LeaseRecord():
@@ -357,6 +369,9 @@ class Store:
 
     def _node_path(self, node_id: str) -> str:
         return f"{self.root}/nodes/{records.node_digest(node_id)}.json"
+
+    def _job_path(self, job_id: str) -> str:
+        return f"{self.root}/jobs/{job_id}.json"
 
     def _layer_file(self, layer_id: str, name: str) -> str:
         return f"{self.root}/layers/{layer_id[:2]}/{name}"
@@ -371,6 +386,10 @@ class Store:
     def layer_record_path(self, layer_id: str) -> str:
         """The path of a layer's record, for messages."""
         return self._record_path("layers", layer_id)
+
+    def job_record_path(self, job_id: str) -> str:
+        """The path of a job's record, for messages."""
+        return self._job_path(job_id)
 
     def backing_name(self, child_id: str, parent: LayerRecord) -> str:
         """The backing string for an image: relative, for people and tools; nothing of ours follows it."""
@@ -399,6 +418,14 @@ class Store:
         if data is None or of.encode() not in data:
             return None
         return records.decode(SnapshotRecord, data, where=path)
+
+    def find_image(self, image_id: str) -> ImageRecord | None:
+        """Give a golden image's record, None when there is none."""
+        return self._find(ImageRecord, self._record_path("images", image_id))
+
+    def find_job(self, job_id: str) -> JobRecord | None:
+        """Give the record of a job, None when there is none."""
+        return self._find(JobRecord, self._job_path(job_id))
 
     def find_layer(self, layer_id: str) -> LayerRecord | None:
         """Give a layer's record, None when there is none."""
@@ -453,6 +480,14 @@ class Store:
     def snapshot_ids(self, *, after: str = "") -> Iterator[str]:
         """Give the ids of all snapshots in ascending order, those above `after` only."""
         return self._ids("snapshots", after)
+
+    def image_ids(self) -> Iterator[str]:
+        """Give the ids of all golden images in ascending order."""
+        return self._ids("images", "")
+
+    def job_ids(self) -> list[str]:
+        """Give the ids of all jobs, sorted."""
+        return [name.removesuffix(".json") for name in self._job_names() if is_record(name)]
 
     def layer_ids(self) -> Iterator[str]:
         """Give the ids of all layers that have a record, in ascending order."""
@@ -801,6 +836,7 @@ class Store:
         finders: dict[str, Callable[[str], object]] = {
             "volumes": self.find_volume,
             "snapshots": self.find_snapshot,
+            "images": self.find_image,
             "layers": self.find_layer,
             "trash": self.find_trashed,
         }
@@ -905,8 +941,9 @@ class Store:
                     self._steps.link(temporary, name, sync=False)
             self._steps.sync(os.path.dirname(path))
         finally:
-            for temporary in unnamed.values():
-                self._steps.discard(temporary)
+            with ExitStack() as stack:  # each of them, also when one fails
+                for temporary in unnamed.values():
+                    stack.callback(self._steps.discard, temporary)
         return made
 
     def write_image(self, write: Callable[[int], None]) -> str:
@@ -1094,26 +1131,67 @@ class Store:
         """Name what lies outside of the shards and is not of this format; nothing of it is ever touched."""
         known = {*_SHARDED, *_PLAIN, "lock", "format.json", f"{records.LEASE_ID}.json", "lost+found"}
         foreign = [name for name in _names(self.root) if name not in known and not _LEASE_CLAIM.fullmatch(name)]
-        for folder, form in (("tmp", _TEMPORARY), ("reserve", _RESERVE), ("nodes", _NODE), ("trash", _TRASH)):
+        forms = {"tmp": _TEMPORARY, "reserve": _RESERVE, "nodes": _NODE, "jobs": _JOB, "trash": _TRASH}
+        for folder, form in forms.items():
             foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not form.fullmatch(name)]
         for folder in _SHARDED:
             foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not _SHARD.fullmatch(name)]
         return foreign
 
     def stale_temporaries(self) -> list[str]:
-        """Give the temporary files that nobody will use: those whose process no longer lives (as this mount tells),
-        and those of this process that could not be removed at their time.
+        """Give the temporary files that nobody will use: those whose process no longer lives (as this mount tells, and
+        its job's record), and those of this process that could not be removed at their time.
         """
         directory = f"{self.root}/tmp"
         stale = []
-        for name in _names(directory):
+        names = _names(directory)
+        working = self._working_tokens()  # a job is there before its files are, so it is looked for after them
+        for name in names:
             if not _TEMPORARY.fullmatch(name):
                 continue  # not ours: check reports it
             token = name.partition(".")[0]
             path = f"{directory}/{name}"
-            if path in self._steps.abandoned or not self.is_alive(token):
+            is_kept = working is None or token in working or self.is_alive(token)
+            if path in self._steps.abandoned or not is_kept:
                 stale.append(path)
         return stale
+
+    def _working_tokens(self) -> set[str] | None:
+        """Give the tokens of the jobs that go on; None when it is not known, because a job's record is damaged."""
+        try:
+            return {job.token for job in map(self.find_job, self.job_ids()) if job and not self.is_over(job)}
+        except Corrupt as error:
+            log.error("no temporary file of others is removed: %s", error)
+            return None
+
+    # --- jobs --------------------------------------------------------------------------------------------------
+
+    def _job_names(self) -> list[str]:
+        return [name for name in _names(f"{self.root}/jobs") if _JOB.fullmatch(name)]
+
+    def job_claims(self) -> list[str]:
+        """Give the names of the claims in the folder of jobs."""
+        return [name for name in self._job_names() if not is_record(name)]
+
+    def note_over(self, job: JobRecord) -> None:
+        """Say that a job of this process is over, though its record could not be removed."""
+        self._jobs_over.add(job.id)
+
+    def is_over(self, job: JobRecord) -> bool:
+        """Say whether a job goes on no more: this process knows its own, of others on this mount their locks tell
+        whether they live, elsewhere a job is over when it is not renewed any more.
+        """
+        if job.id in self._jobs_over:
+            return True
+        if self.is_alive(job.token):
+            return False
+        if job.place == self.place:
+            return True
+        seen = self._jobs_seen.get(job.id)
+        if seen is None or seen[:2] != (job.generation, job.nonce):
+            self._jobs_seen[job.id] = (job.generation, job.nonce, time.monotonic())
+            return False
+        return time.monotonic() - seen[2] > _JOB_S
 
     def _token_is_held(self, token: str) -> bool:
         path = f"{self.root}/lock"

@@ -82,7 +82,7 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         if self._pools.owner(source.id, f"the source {source.kind}") is not pool:
             raise InvalidArgument(f"the source {source.id} is in another pool than {pool.name}")
         parsed = records.parse_id(source.id)
-        if parsed and parsed.kind != {"snapshot": "snap", "volume": "vol"}[source.kind]:
+        if parsed and parsed.kind != {"snapshot": "snap", "volume": "vol"}.get(source.kind):
             raise NotFound(f"{source.kind} {source.id} does not exist")
 
     def _check_other_pools(self, pool: Pool, find: Callable[[Store], object]) -> None:

@@ -155,7 +155,7 @@ def create_request(
     access_type = checked[0].access_type
     filesystem = _filesystem(checked, given) if access_type == "mount" else ""
     to_make = filesystem or (DEFAULT_FILESYSTEM if access_type == "mount" else "")
-    if source and given.preallocation != "off" and given.clone_mode != "copy":
+    if (source or given.source_image) and given.preallocation != "off" and given.clone_mode != "copy":
         raise InvalidArgument(
             f"preallocation {given.preallocation} is not possible with a source, whose space is shared; cloneMode copy "
             "shares none"
@@ -173,6 +173,7 @@ def create_request(
         mkfs_options=parameters.mkfs_options(to_make, given.mkfs_options),
         source=source,
         clone_mode=given.clone_mode,
+        source_image=given.source_image,
         minimum_bytes=minimum_bytes,
         on_delete=given.on_delete,
         trash_retention_s=given.trash_retention_s,
@@ -294,7 +295,7 @@ def volume(record: VolumeRecord, pool: str) -> csi.Volume:
     made = csi.Volume(volume_id=record.id, capacity_bytes=record.size_bytes, volume_context={"pool": pool})
     if record.source and record.source.kind == "snapshot":
         made.content_source.snapshot.snapshot_id = record.source.id
-    elif record.source:
+    elif record.source and record.source.kind == "volume":
         made.content_source.volume.volume_id = record.source.id
     return made
 

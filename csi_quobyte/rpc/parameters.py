@@ -78,12 +78,19 @@ VOLUME_PARAMETERS = (
         "independent image in volumeFormat with its preallocation, copied in the background; until that is done the "
         "claim is pending.",
     ),
+    Parameter(
+        "sourceImage",
+        (),
+        "",
+        "Name of a golden image of the pool (`csi-quobyte image import`): a volume without a `dataSource` is made from "
+        "it, as `cloneMode` says (cache as overlay).",
+    ),
     Parameter("mkfsOptions", (), "", "Further options for mkfs, from the allow-list of the file system."),
     ON_DELETE,
     TRASH_RETENTION,
     Parameter(FSTYPE, ("ext4", "xfs"), "ext4", "File system of the volume. One with a source has the source's."),
 )
-RESERVED_VOLUME_PARAMETERS = ("sourceImage", "crashPolicy", "evictOnFailure")
+RESERVED_VOLUME_PARAMETERS = ("crashPolicy", "evictOnFailure")
 SNAPSHOT_PARAMETERS = (ON_DELETE, TRASH_RETENTION)
 RESERVED_SNAPSHOT_PARAMETERS = ("fsfreeze",)
 
@@ -97,6 +104,7 @@ class VolumeParameters:
     preallocation: Preallocation
     data_path: DataPath
     clone_mode: CloneMode
+    source_image: str
     mkfs_options: str
     filesystem: str
     on_delete: OnDelete
@@ -136,6 +144,7 @@ def volume_parameters(given: Mapping[str, str]) -> VolumeParameters:
         preallocation=preallocation,
         data_path=data_path,
         clone_mode=cast(CloneMode, _choice(given, "cloneMode")),
+        source_image=given.get("sourceImage", ""),
         mkfs_options=given.get("mkfsOptions", ""),
         filesystem=given.get(FSTYPE, ""),
         on_delete=cast(OnDelete, _choice(given, "onDelete")),

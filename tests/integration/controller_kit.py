@@ -18,7 +18,7 @@ from csi_quobyte.engine import collector, copying, index, layers, merging, trash
 from csi_quobyte.engine.merger import end_begun, work_in
 from csi_quobyte.errors import Busy
 from csi_quobyte.host import qemu, qemu_img
-from csi_quobyte.operations import snapshots, volumes
+from csi_quobyte.operations import golden, snapshots, volumes
 from csi_quobyte.operations.capacity import Provisioned
 from csi_quobyte.operations.snapshots import SnapshotRequest
 from csi_quobyte.operations.volumes import AttachRequest, CreateRequest
@@ -183,6 +183,21 @@ class Kit:
     def delete_snapshot(self, name: str) -> None:
         snapshots.delete(self.store, self.snapshot_id(name), self.released.append)
 
+    def image_id(self, name: str) -> str:
+        return records.image_id(self.store.prefix, name)
+
+    def image(self, name: str) -> records.ImageRecord:
+        found = self.store.find_image(self.image_id(name))
+        assert found is not None
+        return found
+
+    def import_image(self, name: str, path: str | Path, image_format: str = "qcow2") -> records.ImageRecord:
+        request = golden.ImportRequest(name=name, format=image_format, path=str(path))  # type: ignore[arg-type]
+        return golden.import_image(self.store, tools(), request, lambda _: "go on")
+
+    def remove_image(self, name: str) -> None:
+        golden.remove_image(self.store, name)
+
     # --- trash -------------------------------------------------------------------------------------------------
 
     def trashed(self, name: str) -> str:
@@ -307,9 +322,14 @@ class Kit:
             assert time.monotonic() < deadline, f"the collector does not come to rest: {self.findings()}"
 
     def delete_everything(self, timeout_s: float = 10.0) -> None:
-        """Delete all volumes and snapshots through the operations, empty the trash, and let the collector end."""
+        """Delete all objects through the operations, empty the trash, and let the collector end."""
         deadline = time.monotonic() + timeout_s
-        while ids := [*self.store.volume_ids(), *self.store.snapshot_ids(), *self.store.trash_ids()]:
+        while ids := [
+            *self.store.volume_ids(),
+            *self.store.snapshot_ids(),
+            *self.store.image_ids(),
+            *self.store.trash_ids(),
+        ]:
             for record_id in ids:
                 try:
                     self._delete_id(record_id)
@@ -323,6 +343,10 @@ class Kit:
                 trash.go_on_restoring(self.store, record_id)
                 if self.store.find_trashed(record_id) == entry:
                     self.purge(record_id)
+            return
+        if "-img-" in record_id:
+            if image := self.store.find_image(record_id):
+                golden.remove_image(self.store, image.name)
             return
         if "-snap-" in record_id:
             snapshots.delete(self.store, record_id, self.released.append)

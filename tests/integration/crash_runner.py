@@ -22,7 +22,7 @@ import servicer_kit
 from controller_kit import SIZE_BYTES, Kit, tools
 
 from csi_quobyte.engine import collector, layers, repair
-from csi_quobyte.errors import Exhausted
+from csi_quobyte.errors import AlreadyExists, Exhausted, NotFound
 from csi_quobyte.host import command
 from csi_quobyte.operations import volumes
 from csi_quobyte.pool import store as store_module
@@ -62,6 +62,27 @@ OPERATIONS: dict[str, Callable[[Kit], object]] = {
     "expand": lambda kit: kit.expand("v", 2 * SIZE_BYTES),
     "drop": drop_released,
     "sweep": lambda kit: collector.sweep(kit.store),
+}
+
+
+def import_new(kit: Kit) -> None:
+    """Import the disk of the image "golden" once more; done before is success."""
+    golden = kit.image("golden")
+    with suppress(AlreadyExists):
+        kit.import_image("new", kit.store.image_path(kit.store.layer(golden.layer)))
+
+
+def remove_golden(kit: Kit) -> None:
+    """Remove the image "golden"; done before is success."""
+    with suppress(NotFound):
+        kit.remove_image("golden")
+
+
+IMAGES: dict[str, Callable[[Kit], object]] = {
+    "create from image": lambda kit: kit.create("new", source_image="golden", size=SizeRange()),
+    "copy of image": lambda kit: kit.create("new", source_image="golden", size=SizeRange(), clone_mode="copy"),
+    "import image": import_new,
+    "remove image": remove_golden,
 }
 
 
@@ -191,7 +212,7 @@ def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
         merge(kit, operation, in_job)
     else:
         with suppress(Exhausted):  # where the pool is nearly full: then it has undone what it did, which is steps, too
-            (OPERATIONS | TRASH)[operation](kit)
+            (OPERATIONS | IMAGES | TRASH)[operation](kit)
 
 
 def wait_in_job(child: int, report: int, in_job_s: float) -> int | None:

@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from controller_kit import OWNER, SIZE_BYTES, Kit, Tree, tree
-from crash_runner import OPERATIONS
+from controller_kit import BLOCK_BYTES, OWNER, SIZE_BYTES, Kit, Tree, tree
+from crash_runner import IMAGES, OPERATIONS
 
 from csi_quobyte.engine import collector
-from csi_quobyte.errors import Busy
+from csi_quobyte.errors import Busy, NotFound
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import Modes, SnapshotState, VolumeState
 from csi_quobyte.pool.store import Store
@@ -85,8 +85,8 @@ def runner() -> Iterator[Runner]:
 def template() -> Iterator[tuple[Path, Tree]]:
     """A pool in which every operation has something to work on, and how it looked when it was new.
 
-    v (1, 2) written, with snapshot s (1); c an untouched clone of v's state (1, 2); a attached to a node; deleting:
-    half-done deletes and layers without references for the collector.
+    v (1, 2) written, with snapshot s (1); c an untouched clone of v's state (1, 2); a attached to a node; golden an
+    image (7, 8); deleting: half-done deletes and layers without references for the collector.
     """
     # in memory where there is such a place: what survives a SIGKILL is the same, and an fsync costs nothing
     memory = Path("/dev/shm")
@@ -119,11 +119,20 @@ def fill(kit: Kit) -> None:
         kit.snapshot(f"{name}-s", of=name)
     kit.delete("gone")
     kit.delete_snapshot("gone-s")
+    import_golden(kit)
     half = kit.store.volume(kit.volume_id("half-gone"))
     kit.store.swap(half, replace(half, state=VolumeState.DELETING))
     half_snapshot = kit.store.snapshot(kit.snapshot_id("half-gone-s"))
     kit.store.swap(half_snapshot, replace(half_snapshot, state=SnapshotState.DELETING))
     kit.store.replenish_reserve()
+
+
+def import_golden(kit: Kit) -> None:
+    """Make the image golden (7, 8), of a raw file."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "golden.raw")
+        path.write_bytes(b"".join(bytes([byte]) * BLOCK_BYTES for byte in (7, 8)) + bytes(SIZE_BYTES - 2 * BLOCK_BYTES))
+        kit.import_image("golden", path, "raw")
 
 
 @pytest.fixture
@@ -180,6 +189,8 @@ AFTER: dict[str, dict[str, tuple[int, ...]]] = {
     "create from untouched volume": {"new": (1, 2, 0)},
     "copy of snapshot": {"new": (1, 0, 0)},
     "copy of volume": {"new": (1, 2, 3)},
+    "create from image": {"new": (7, 8, 0)},
+    "copy of image": {"new": (7, 8, 0)},
     "cache copy of snapshot": {"new": (1, 0, 0)},
 }
 SNAPSHOT_AFTER = {"snapshot": (1, 2, 3), "snapshot of untouched volume": (1, 2, 0)}
@@ -190,6 +201,18 @@ def delete_snapshot_and_new(kit: Kit) -> None:
     kit.delete("new")
 
 
+def delete_image_and_new(kit: Kit) -> None:
+    with suppress(NotFound):
+        kit.remove_image("golden")
+    kit.delete("new")
+
+
+def delete_new_image(kit: Kit) -> None:
+    """Remove what was imported, if it came so far that there is something to remove."""
+    with suppress(NotFound):
+        kit.remove_image("new")
+
+
 # What deletes the object that an operation works on.
 DELETES: dict[str, Callable[[Kit], None]] = {
     "create blank": lambda kit: kit.delete("new"),
@@ -198,6 +221,9 @@ DELETES: dict[str, Callable[[Kit], None]] = {
     "create from untouched volume": lambda kit: kit.delete("new"),
     "copy of snapshot": lambda kit: kit.delete("new"),
     "copy of volume": lambda kit: kit.delete("new"),
+    "create from image": delete_image_and_new,
+    "copy of image": delete_image_and_new,
+    "import image": delete_new_image,
     "cache copy of snapshot": delete_snapshot_and_new,
     "snapshot": lambda kit: kit.delete_snapshot("new"),
     "snapshot of untouched volume": lambda kit: kit.delete_snapshot("new"),
@@ -208,7 +234,7 @@ DELETES: dict[str, Callable[[Kit], None]] = {
 
 def steps_of(operation: str) -> range:
     """The steps before which an operation is killed, as far as it has them."""
-    every = COPY_EVERY if "copy" in operation else EVERY
+    every = COPY_EVERY if "copy" in operation or operation == "import image" else EVERY
     return range(1 + SEED % every, 1000, every)
 
 
@@ -248,11 +274,17 @@ def check_effect(kit: Kit, operation: str) -> None:
         assert kit.store.find_snapshot(kit.snapshot_id("s")) is None
     else:
         assert kit.snapshot_holds("s", 1, 0, 0)
+    if operation == "import image":
+        assert kit.layer_holds(kit.image("new").layer, 7, 8, 0)
+    if operation == "remove image":
+        assert kit.store.find_image(kit.image_id("golden")) is None
+    elif operation in IMAGES:
+        assert kit.layer_holds(kit.image("golden").layer, 7, 8, 0)
     check_contents(kit, expected)
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS | IMAGES)
 def test_operation_killed_before_any_step_is_completed_by_a_retry(
     operation: str, runner: Runner, template: tuple[Path, Tree], fresh: Callable[[], Kit], impatient: None
 ) -> None:
@@ -262,7 +294,7 @@ def test_operation_killed_before_any_step_is_completed_by_a_retry(
         if not runner.run(Path(kit.store.root), operation, step):
             break
         with _named(operation, step):
-            retry(lambda kit=kit: OPERATIONS[operation](kit))  # type: ignore[misc]
+            retry(lambda kit=kit: (OPERATIONS | IMAGES)[operation](kit))  # type: ignore[misc]
             check_pool(kit, inside=step % 6 == 1)
             check_effect(kit, operation)
             check_all_deleted(kit, template[1])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from controller_kit import Kit, Tree, tree
-from crash_runner import OPERATIONS
+from crash_runner import IMAGES, OPERATIONS
 from faulty_os import MODES, FaultyOs, Mode
 from test_crash_steps import (  # the same pool, operations and questions as after a crash
     DELETES,
@@ -38,10 +38,12 @@ SEED = int(os.environ.get("CSI_QUOBYTE_SEED", "0")) or random.SystemRandom().ran
 # An operation reads a little more or less from run to run: its ids are random, and with them the shards it looks at.
 SPREAD = 3
 
+ALL = OPERATIONS | IMAGES
+
 # The sidecars forget the new object after a final error, so nothing of it may be left. Those that freeze a volume's
 # head may have done that: the volume has one layer more, and an empty head on top.
 FREEZES = {"create from volume", "snapshot"}
-MAKES = FREEZES | {"snapshot of untouched volume"} | {name for name in OPERATIONS if name.startswith("create")}
+MAKES = FREEZES | {"snapshot of untouched volume"} | {name for name in ALL if name.startswith("create")}
 
 
 @dataclass
@@ -82,7 +84,7 @@ def restarted(kit: Kit) -> Kit:
 
 
 def after_retry(kit: Kit, operation: str, as_new: Tree, *, inside: bool) -> None:
-    retry(lambda: OPERATIONS[operation](kit))
+    retry(lambda: ALL[operation](kit))
     check_pool(kit, inside=inside)
     check_effect(kit, operation)
     check_all_deleted(kit, as_new)
@@ -115,7 +117,7 @@ def after_a_final_error(kit: Kit, operation: str, before: Tree) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", ALL)
 def test_operation_on_a_pool_that_fails_at_any_call(
     operation: str,
     template: tuple[Path, Tree],  # noqa: F811
@@ -126,7 +128,7 @@ def test_operation_on_a_pool_that_fails_at_any_call(
     before = swept(fresh())
     kit = fresh()
     whole = FaultyOs(kit.store.root, MODES["ENOTCONN"], at=0)
-    assert attempt(lambda: OPERATIONS[operation](kit), whole) is None
+    assert attempt(lambda: ALL[operation](kit), whole) is None
     kit.delete_everything()
     for name, mode in MODES.items():
         tally = Tally()
@@ -134,7 +136,7 @@ def test_operation_on_a_pool_that_fails_at_any_call(
         for number, at in enumerate(chosen(name, calls)):
             kit = fresh()
             faults = FaultyOs(kit.store.root, mode, at)
-            error = attempt(lambda kit=kit: OPERATIONS[operation](kit), faults)  # type: ignore[misc]
+            error = attempt(lambda kit=kit: ALL[operation](kit), faults)  # type: ignore[misc]
             tally.add(error)
             try:
                 assert faults.failed or calls - at < SPREAD, "nothing failed"

@@ -23,7 +23,7 @@ import pytest
 import test_crash_merges
 import test_crash_steps
 from controller_kit import OWNER, SIZE_BYTES, Kit, tree
-from crash_runner import OPERATIONS
+from crash_runner import IMAGES, OPERATIONS
 from power_cut import (
     ALL_LOST,
     ALL_THERE,
@@ -83,6 +83,10 @@ def is_detached(kit: Kit) -> None:
     assert kit.store.volume(kit.volume_id("a")).attachments == ()
 
 
+def image_is_gone(kit: Kit) -> None:
+    assert kit.store.find_image(kit.image_id("golden")) is None
+
+
 def content_is_noted(kit: Kit) -> None:
     content = kit.store.content(kit.store.volume(kit.volume_id("a")))
     assert content
@@ -101,7 +105,7 @@ def as_before(kit: Kit) -> None:
 
 
 SINGLE: dict[str, Step] = {
-    name: Step(OPERATIONS.get(name, note_content), changes, check)
+    name: Step((OPERATIONS | IMAGES).get(name, note_content), changes, check)
     for name, changes, check in (
         ("create blank", {"new": (0, 0, 0)}, as_before),
         ("create raw", {"new": (0, 0, 0)}, as_before),
@@ -112,6 +116,8 @@ SINGLE: dict[str, Step] = {
         ("snapshot of untouched volume", {"snapshot new": (1, 2, 0)}, as_before),
         ("delete volume", {"v": None}, as_before),
         ("delete snapshot", {"snapshot s": None}, as_before),
+        ("create from image", {"new": (7, 8, 0)}, as_before),
+        ("remove image", {}, image_is_gone),
         ("attach", {}, is_attached),
         ("detach", {}, is_detached),
         ("expand", {}, size_is_doubled),

@@ -166,7 +166,7 @@ def test_capabilities_that_are_not_supported(calls: Client) -> None:
 
 def test_parameters_that_are_unknown_or_reserved_are_refused_and_the_known_ones_listed(calls: Client) -> None:
     known = ("pool", "volumeFormat", "preallocation", "dataPath", "mkfsOptions")
-    for key in ("colour", "VolumeFormat", "volumeformat", "sourceImage", "crashPolicy"):
+    for key in ("colour", "VolumeFormat", "volumeformat", "crashPolicy"):
         details = fails(Code.INVALID_ARGUMENT, calls.create, "bad", pool="main", **{key: "x"}, saying=key)
         assert all(name in details for name in known)
     fails(Code.INVALID_ARGUMENT, calls.create, "bad", pool="main", evictOnFailure="true", saying="evictOnFailure")

@@ -32,7 +32,7 @@ from running import (
 
 from csi_quobyte.pb import csi_pb2 as csi
 from lab.client import Client, block_capability, mount_capability
-from lab.machine import Machine, mounted_at, run, wait_for
+from lab.machine import QEMU_DIR, Machine, mounted_at, run, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -408,6 +408,29 @@ def test_a_read_only_stage_of_a_clone_with_a_dirty_journal(
     calls.release(restored)
     assert read_tree(calls.use(volume, capability=capability)) == sums
     calls.release(volume)
+
+
+def test_a_volume_from_a_golden_image_holds_its_file_system(machine: Machine, calls: Client, tmp_path: Path) -> None:
+    tree, image = tmp_path / "tree", tmp_path / "image.raw"
+    tree.mkdir()
+    sums = write_tree(tree, files=2)
+    with image.open("wb") as file:
+        file.truncate(EXT4_BYTES)
+    run("mkfs.ext4", "-q", "-d", tree, image)
+    pool, qemu = machine.pool_arguments, ("--qemu-dir", QEMU_DIR)
+    machine.cli("image", "import", "main", "golden", image, *pool, *qemu)
+    given: dict[str, Any] = {"capability": mount_capability("ext4"), "sourceImage": "golden"}
+    made = calls.create("golden", 2 * EXT4_BYTES, **given)
+    assert not made.HasField("content_source")
+    assert calls.create("golden", 2 * EXT4_BYTES, **given) == made
+    fails(Code.ALREADY_EXISTS, calls.create, "golden", 2 * EXT4_BYTES, capability=given["capability"], saying="source")
+    fails(Code.NOT_FOUND, calls.create, "other", 0, **{**given, "sourceImage": "other"}, saying="sourceImage")
+    machine.cli("image", "rm", "main", "golden", *pool)
+    target = calls.use(made.volume_id)
+    assert read_tree(target) == sums
+    assert fs_bytes(target) > 1.5 * EXT4_BYTES
+    (target / "new").write_text("written")
+    calls.release(made.volume_id)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ EXAMPLE_PARAMETERS = {
     "preallocation": "off",
     "dataPath": "auto",
     "cloneMode": "overlay",
+    "sourceImage": "training-data",
     "mkfsOptions": "-m 1 -i 65536",
     "onDelete": "trash",
     "trashRetention": "7d",
