@@ -517,7 +517,10 @@ def private_daemon(tools: QemuTools, *, tick: Callable[[], None], answer_timeout
 
         def fed() -> None:
             tick()
-            watched.feed()
+            try:
+                watched.feed()
+            except Unavailable as error:  # a watchdog ends with its daemon, too
+                raise Unavailable(f"{error}; {_fate(child)}") from error
 
         client = runner.run(_ticking(_explaining(child, _connect(_PRIVATE, ours, answer_timeout_s)), fed))
         try:
@@ -532,10 +535,14 @@ async def _explaining(child: command.Tied, work: Awaitable[_T]) -> _T:
     try:
         return await work
     except Unavailable as error:
-        status = child.wait(_TICK_S)  # the end of a session shows a moment before the end of the process
-        fate = "it still runs" if status is None else f"it has ended with status {status}"
-        said = child.stderr_tail().strip() or "(nothing)"
-        raise Unavailable(f"{error}; {fate}; its log ends with: {said}") from error
+        raise Unavailable(f"{error}; {_fate(child)}") from error
+
+
+def _fate(child: command.Tied) -> str:
+    """Say what has become of a daemon that failed."""
+    status = child.wait(_TICK_S)  # the end of a session shows a moment before the end of the process
+    fate = "it still runs" if status is None else f"it has ended with status {status}"
+    return f"{fate}; its log ends with: {child.stderr_tail().strip() or '(nothing)'}"
 
 
 async def _ticking(work: Awaitable[_T], tick: Callable[[], None]) -> _T:
