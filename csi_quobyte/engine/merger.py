@@ -55,7 +55,9 @@ def work_in(found: Index, store: Store, *, pace: Callable[[], None] = no_pace) -
     left = tuple(_left_markers(found, pace))
     if found.unreadable:
         return Work(begun, left)
-    small_first = sorted(_single_parents(found, pace), key=lambda layer_id: _allocated(store, found, layer_id))
+    small_first = sorted(
+        _single_parents(found, pace), key=lambda layer_id: merging.allocated_bytes(store, found.layers[layer_id])
+    )
     return Work(begun, left, (*small_first, *_long_heads(found, pace)))
 
 
@@ -96,11 +98,6 @@ def _long_heads(found: Index, pace: Callable[[], None]) -> Iterator[str]:
         ready = volume.state is VolumeState.READY and not volume.attachments and volume.head in found.layers
         if ready and depth_of(volume.head) > merging.SOFT_DEPTH:
             yield volume.head
-
-
-def _allocated(store: Store, found: Index, layer_id: str) -> int:
-    image = store.image_bytes(found.layers[layer_id])
-    return image[1] if image else 0
 
 
 def plan_near(store: Store, layer_id: str) -> Plan | None:

@@ -95,8 +95,8 @@ def plan_for(store: Store, layer_id: str) -> Plan | None:
     target, kind = child, "up"
     if parent and _only_child(store, parent.id) == layer.id:
         target, kind = parent, "down"  # the child, which may be shared, is not touched
-    moved = _allocated(store, layer)
-    if not _pays(store, child.id, moved=moved, into=_allocated(store, target)):
+    moved = allocated_bytes(store, layer)
+    if not _pays(store, child.id, moved=moved, into=allocated_bytes(store, target)):
         return None
     return Plan(kind, layer.id, child.id, layer.parent, moved)  # type: ignore[arg-type]
 
@@ -118,7 +118,7 @@ def plan_flattening(store: Store, volume: VolumeRecord) -> Plan | None:
     if len(chain) <= SOFT_DEPTH or chain[0].merge or not _is_settled(chain[1:]):
         return None
     keep = len(chain) - _FLAT_DEPTH + 1
-    moved = sum(_allocated(store, layer) for layer in chain[1:keep])
+    moved = sum(allocated_bytes(store, layer) for layer in chain[1:keep])
     return Plan("flatten", chain[0].id, chain[0].id, chain[keep].id, moved)
 
 
@@ -139,7 +139,8 @@ def _only_child(store: Store, layer_id: str) -> str | None:
     return markers[0].id if len(markers) == 1 and markers[0] and markers[0].kind == "c" else None
 
 
-def _allocated(store: Store, layer: LayerRecord) -> int:
+def allocated_bytes(store: Store, layer: LayerRecord) -> int:
+    """Give what a layer's image takes in the pool; 0 when it is missing."""
     found = store.image_bytes(layer)
     return found[1] if found else 0
 

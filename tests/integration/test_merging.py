@@ -6,10 +6,10 @@ Axes: the kind of merge (up, down, flatten), the format of the base, growth alon
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from controller_kit import BLOCK_BYTES, QEMU_DIR, SIZE_BYTES, Kit, tools, tree
+from merging_kit import begin, is_clean, two_layers
 
 from csi_quobyte.engine import collector, merging
 from csi_quobyte.engine.lease import LEASE_S, Lease
@@ -17,17 +17,12 @@ from csi_quobyte.engine.merging import SOFT_DEPTH
 from csi_quobyte.errors import Busy
 from csi_quobyte.host import qemu_img
 from csi_quobyte.host.jobs import Stopped
-from csi_quobyte.pool.records import LayerState, Merge
+from csi_quobyte.pool.records import LayerState
 from csi_quobyte.pool.store import Store
 
 
 def layers_of(kit: Kit, name: str) -> list[str]:
     return [layer.id for layer in kit.chain(name)]
-
-
-def is_clean(kit: Kit) -> bool:
-    kit.consistency()
-    return [finding for finding in kit.check() if finding.kind != "leaked-clusters"] == []
 
 
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
@@ -115,17 +110,6 @@ def test_long_chain_of_snapshots_is_flattened_below_the_head_only(kit: Kit) -> N
     assert is_clean(kit)
 
 
-def two_layers(kit: Kit) -> merging.Plan:
-    """A volume whose base could be merged into its head."""
-    kit.create("v")
-    kit.write("v", 1)
-    kit.snapshot("s", of="v")
-    kit.write("v", 2, block=1)
-    kit.delete_snapshot("s")
-    (plan,) = kit.plans()
-    return plan
-
-
 def test_attached_volume_is_left_alone(kit: Kit) -> None:
     plan = two_layers(kit)
     kit.attach("v")
@@ -163,13 +147,6 @@ def test_stopped_merge_leaves_what_was_there(kit: Kit) -> None:
     assert kit.holds("v", 1, 2)
     assert is_clean(kit)
     assert kit.merge(plan)
-
-
-def begin(kit: Kit, plan: merging.Plan) -> None:
-    """Leave a merge as a process does that dies after its first step."""
-    layer = kit.store.layer(plan.layer)
-    noted = Merge(kind=plan.kind, child=plan.child, parent=plan.parent)
-    kit.store.swap(layer, replace(layer, state=LayerState.MERGING, merge=noted))
 
 
 def test_snapshot_and_clone_during_a_merge_are_busy_and_stop_it(kit: Kit) -> None:

@@ -13,6 +13,7 @@ from datetime import timedelta
 import pytest
 from controller_kit import BLOCK_BYTES, QEMU_DIR, Kit, tools
 from gates import DEADLINE_S, DiedError, Gate, background, dies_before
+from merging_kit import begin, is_clean, no_lock, other, three_layers, two_layers
 
 from csi_quobyte.engine import merger, merging
 from csi_quobyte.engine.lease import LEASE_S, SAFE_S, Lease
@@ -20,45 +21,8 @@ from csi_quobyte.engine.merging import Plan
 from csi_quobyte.errors import Busy, Unavailable
 from csi_quobyte.host.jobs import Stopped
 from csi_quobyte.pool import records
-from csi_quobyte.pool.records import LayerState, Merge, SnapshotState
-from csi_quobyte.pool.steps import Observer
+from csi_quobyte.pool.records import LayerState, SnapshotState
 from csi_quobyte.pool.store import Store
-
-
-def other(kit: Kit, observer: Observer | None = None) -> Kit:
-    """Another controller of the same pool."""
-    return Kit(Store(kit.store.root, observer=observer))
-
-
-def is_clean(kit: Kit) -> bool:
-    kit.consistency()
-    return [finding for finding in kit.check() if finding.kind != "leaked-clusters"] == []
-
-
-def two_layers(kit: Kit) -> Plan:
-    """A volume whose base calls for a merge up into its head."""
-    kit.create("v")
-    kit.write("v", 1)
-    kit.snapshot("s", of="v")
-    kit.write("v", 2, block=1)
-    kit.delete_snapshot("s")
-    (plan,) = kit.plans()
-    assert plan.kind == "up"
-    return plan
-
-
-def three_layers(kit: Kit) -> Plan:
-    """A volume whose middle layer calls for a merge down into its base."""
-    kit.create("v")
-    for number, name in enumerate(("first", "second"), start=1):
-        kit.write("v", number, block=number - 1)
-        kit.snapshot(name, of="v")
-    kit.write("v", 3, block=2)
-    for name in ("first", "second"):
-        kit.delete_snapshot(name)
-    (plan,) = [plan for plan in kit.plans() if plan.kind == "down"]
-    return plan
-
 
 # --- an intent for the layer below an untouched head, which was never finished ----------------------------------
 
@@ -126,7 +90,7 @@ def test_merge_into_a_layer_that_is_just_being_marked_by_an_old_intent(kit: Kit)
     late = other(kit, gate)
     marking = background(lambda: late.snapshot("late", of="v"))
     gate.wait(marking)
-    lock, Store.lock = Store.lock, _no_lock  # type: ignore[method-assign,assignment]
+    lock, Store.lock = Store.lock, no_lock  # type: ignore[method-assign,assignment]
     try:
         kit.write("v", 2, block=1)
         kit.snapshot("second", of="v")
@@ -147,20 +111,6 @@ def test_merge_into_a_layer_that_is_just_being_marked_by_an_old_intent(kit: Kit)
     assert kit.snapshot("late", of="v").state is SnapshotState.READY
     assert kit.snapshot_holds("late", 1, 2, 3)
     assert is_clean(kit)
-
-
-@contextmanager
-def _no_lock(store: Store, name: str) -> Iterator[None]:
-    """What a lock is worth between two hosts."""
-    yield
-
-
-def begin(kit: Kit, plan: Plan) -> Merge:
-    """Note a merge, as its first step does."""
-    layer = kit.store.layer(plan.layer)
-    noted = Merge(kind=plan.kind, child=plan.child, parent=plan.parent)
-    kit.store.swap(layer, replace(layer, state=LayerState.MERGING, merge=noted))
-    return noted
 
 
 # --- two who hold the lease, as the first believes ---------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from controller_kit import BLOCK_BYTES, SIZE_BYTES, Kit, qemu_io, tools
 from gates import DEADLINE_S, DiedError, Gate, background, dies_before
-from test_merging_interleavings import _no_lock, begin, is_clean, other, three_layers
+from merging_kit import begin, is_clean, no_lock, other, three_layers
 
 from csi_quobyte.engine import collector, index, layers, merger, merging
 from csi_quobyte.engine.merging import Plan
@@ -73,7 +73,7 @@ def test_head_that_an_old_intent_names_and_a_merge_has_changed_since(
         with pytest.raises(DiedError):
             ask(other(kit, dies_before("touch", f"{base}.refs/")))
     else:
-        monkeypatch.setattr(Store, "lock", _no_lock)
+        monkeypatch.setattr(Store, "lock", no_lock)
         late = background(lambda: ask(other(kit, gate)))
         gate.wait(late)
     kit.snapshot("second", of="v")
