@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 from controller_kit import QEMU_DIR, SIZE_BYTES, Kit, tools, tree
 from crash_runner import REPAIR
+from merging_kit import begin, two_layers
 from test_check import MADE, image, leak, put_other_backing_name
 from test_collector import add_garbage, record_of, tear
 from test_crash_merges import EVERY, SEED
 from test_crash_steps import Runner
-from test_merging import begin, two_layers
 
 from csi_quobyte.engine import index
 from csi_quobyte.engine import repair as repairing
