@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import grpc
 
+from csi_quobyte.host import loop
+from csi_quobyte.operations.staging import TAG_PREFIX
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pb import csi_pb2_grpc
 
@@ -339,13 +341,17 @@ def _mounts_below(base: Path, *, but: Sequence[Path]) -> Iterator[str]:
 
 
 def _loops_below(base: Path) -> list[str]:
-    """Give the loop devices whose file lies (or lay) below a directory."""
-    found = []
+    """Give the loop devices whose file lies below a directory, and those that a node noted there as staged.
+
+    A device whose daemon was killed is found by the note alone: its file has no path any more.
+    """
+    noted = {loop.tag_of(TAG_PREFIX, path.stem) for path in base.glob("*/staged/*.json")}
+    found = {device.path for device in loop.scan(f"{TAG_PREFIX}:") if device.tag in noted}
     for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):
             if entry.read_text().startswith(f"{base}/"):
-                found.append(f"/dev/{entry.parts[3]}")
-    return found
+                found.add(f"/dev/{entry.parts[3]}")
+    return sorted(found)
 
 
 def _daemons_below(base: Path) -> list[int]:

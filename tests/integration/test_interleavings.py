@@ -333,6 +333,8 @@ def test_a_volume_that_was_taken_from_a_node_is_frozen_only_when_that_has_ended(
     a.node.fence(volume.id)
     wait_for("the time of grace", lambda: fails_not(lambda: b.kit.snapshot("s", of="v")), timeout_s=DEADLINE_S)
     assert b.kit.check() == []
+    a.unstage(volume, stale=True)
+    assert hosts.machine.leftovers() == []
 
 
 def fails_not(work: Callable[[], object]) -> bool:
