@@ -343,6 +343,13 @@ def test_defaults_alone_are_refused_because_of_the_pools(helm: Helm) -> None:
     assert "/pools" in done.stderr
 
 
+def test_kubernetes_that_is_too_old_is_refused_by_name(helm: Helm) -> None:
+    done = helm.run("helm", "template", "disks", CHART, "-f", values_of("minimal"), "--kube-version", "1.30.9")
+    assert done.returncode != 0
+    assert "requires kubeVersion: >=1.31.0-0" in done.stderr
+    helm.render(values_of("minimal"), "--kube-version", "1.31.4-gke.1")
+
+
 def test_schema_names_exactly_the_values(helm: Helm, schema: Object) -> None:
     def known(part: Object) -> Object:
         part = schema["definitions"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part
