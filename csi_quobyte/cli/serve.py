@@ -71,14 +71,21 @@ def controller(
     tools = find_tools(config.qemu_dir)
     pools = Pools(config.pools, require_mount=config.require_mount, timeout_s=config.pool_timeout_s)
     speed_bytes_per_s = _merge_speed_bytes_per_s(merge_bandwidth)
-    collectors = {
-        one.name: Collector(one, tools, merges=merge_layers, speed_bytes_per_s=speed_bytes_per_s) for one in pools.all
-    }
     copiers = {one.name: Copier(tools, one.name) for one in pools.all}
+    collectors = {
+        one.name: Collector(
+            one,
+            tools,
+            merges=merge_layers,
+            speed_bytes_per_s=speed_bytes_per_s,
+            resume=copiers[one.name].resume,
+        )
+        for one in pools.all
+    }
     identity = IdentityService(config.driver_name, pools)
 
     def stop() -> bool:
-        # a copy that is broken off begins again with the next call
+        # a copy that is broken off begins again with the next call or controller
         ended = [copier.stop(GRACE_S) for copier in copiers.values()]
         ended += [collector.stop(GRACE_S) for collector in collectors.values()]
         return all(ended)

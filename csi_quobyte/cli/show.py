@@ -227,7 +227,7 @@ def _details(store: Store, record_id: str) -> dict[str, Any] | None:
             details["chain"] = list(_chain(store, record.head))
             details |= space_now(store, record)
             if record.pinned:
-                details["copy"] = store.progress(record.head) or "waits for the next call of CreateVolume, or its turn"
+                details["copy"] = store.progress(record.head) or "waits for its turn, or the next look of the collector"
         case SnapshotRecord() | ImageRecord():
             details["chain"] = list(_chain(store, record.layer))
             details |= space_now(store, record)

@@ -24,6 +24,7 @@ from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
 from csi_quobyte.engine.merging import Plan
+from csi_quobyte.engine.removal import Release
 from csi_quobyte.errors import Busy, DriverError, Exhausted
 from csi_quobyte.host.qemu import QemuTools
 from csi_quobyte.pool import records
@@ -77,10 +78,17 @@ class Collector:
     """The collector thread of one pool, and its merger; started once, stopped with `stop`."""
 
     def __init__(
-        self, pool: Pool, tools: QemuTools, *, merges: bool = True, speed_bytes_per_s: int | None = None
+        self,
+        pool: Pool,
+        tools: QemuTools,
+        *,
+        merges: bool = True,
+        speed_bytes_per_s: int | None = None,
+        resume: Callable[[Store, str, Release], object] | None = None,
     ) -> None:
-        """See `Merger` for `merges` and `speed_bytes_per_s`."""
+        """See `Merger` for `merges` and `speed_bytes_per_s`; `resume` begins a broken off copy of a volume again."""
         self._pool = pool
+        self._resume = resume
         self._merger = Merger(pool, tools, self.release, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -177,6 +185,9 @@ class Collector:
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
+        for volume in found.volumes.values() if found and self._resume else ():
+            if self._resume and volume.pinned and not self._stopping.is_set():
+                self._resume(store, volume.id, self.release)
         return work_in(found, store, pace=pace) if found else Work()
 
 

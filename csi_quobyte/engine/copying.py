@@ -4,8 +4,8 @@
     N (no parent) <-- v-V or s-S  once it is published; c-N goes after the volume is ready, or the cache is
 
 A copy may take hours, so no call waits for it: `Copier` starts it on one of a few threads of the pool and raises
-Busy with how far it is; the retry finds it, or what it has made. It ends with this process; the next retry begins it
-again from nothing, in this or another controller.
+Busy with how far it is; the retry finds it, or what it has made. It ends with this process; the next retry, or the
+first pass of the next controller's collector, begins it again from nothing.
 
 Always true: of all processes one copies a volume (a lock, and where that does not reach, the first to publish); what is
 being copied is a temporary file, and becomes the image only when it is whole; the lock of the volume or snapshot is
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -395,6 +395,18 @@ class Copier:
             self.failure(volume.id)  # it is told now
             raise job.error
         raise Busy(f"the copy for volume {volume.id} {job}; it goes on, try again")
+
+    def resume(self, store: Store, volume_id: str, release: Release) -> bool:
+        """Begin a copy again that nobody makes; says whether it is to be made. Returns at once."""
+        volume = store.find_volume(volume_id)
+        if volume is None or volume.state is not VolumeState.CREATING or not volume.pinned:
+            return False
+        if store.progress(volume.head):
+            return False  # this process or another one is at it
+        with suppress(Unavailable, Busy):  # this process ends, or the volume is being deleted
+            self._job(volume.id, lambda job: self._copy(store, volume, job, release))
+            return True
+        return False
 
     def cache(self, store: Store, snapshot_id: str) -> None:
         """See `Copies`."""

@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from csi_quobyte.errors import Busy, Unavailable
 from csi_quobyte.pool.steps import translated
@@ -46,6 +46,12 @@ def try_lock(fd: int, name: str) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def _unlock(fd: int, name: str) -> None:
+    """Unlock at once: closing alone does not while a process that another thread starts still has a copy of `fd`."""
+    with suppress(OSError):  # the mount is gone, and its locks with it
+        fcntl.fcntl(fd, _F_OFD_SETLK, _flock(fcntl.F_UNLCK, _offset_of(name)))
 
 
 def is_written_by_qemu(fd: int) -> bool:
@@ -84,7 +90,10 @@ class Locks:
                 with translated(self._path):
                     if not try_lock(fd, name):
                         raise Busy(f"another process is working on {name}")
-                yield
+                try:
+                    yield
+                finally:
+                    _unlock(fd, name)
             finally:
                 os.close(fd)
         finally:

@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 from controller_kit import SIZE_BYTES, Kit, qemu_io, read_disk, tools, tree, write_disk
 
+from csi_quobyte.config import PoolSpec
 from csi_quobyte.engine import copying
+from csi_quobyte.engine.collector import Collector
 from csi_quobyte.engine.copying import Copier
 from csi_quobyte.errors import AlreadyExists, Busy, Exhausted, Refused, Unavailable
+from csi_quobyte.pool.pools import Pools
 from csi_quobyte.pool.records import LayerState, VolumeState
 from csi_quobyte.pool.sizes import MIB, SizeRange
 from csi_quobyte.pool.store import Store
@@ -388,18 +391,24 @@ kit.create("n", source=kit.from_snapshot("s"), clone_mode="copy")
 """
 
 
-def test_copy_whose_process_is_killed_begins_again_with_the_retry(slow: Kit) -> None:
-    argv = [sys.executable, "-c", _COPY, slow.store.root]
+def begin_and_kill(kit: Kit) -> str:
+    """Kill the process that copies s to volume n in the middle of that; gives the head that n was to get."""
+    argv = [sys.executable, "-c", _COPY, kit.store.root]
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": here})
     try:
-        eventually(lambda: slow.store.find_volume(slow.volume_id("n")) is not None)
-        head = slow.store.volume(slow.volume_id("n")).head
-        eventually(lambda: (slow.store.progress(head) or _NOTHING).current_bytes > 0)
+        eventually(lambda: kit.store.find_volume(kit.volume_id("n")) is not None)
+        head = kit.store.volume(kit.volume_id("n")).head
+        eventually(lambda: (kit.store.progress(head) or _NOTHING).current_bytes > 0)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    assert temporaries(slow)
+    assert temporaries(kit)
+    return head
+
+
+def test_copy_whose_process_is_killed_begins_again_with_the_retry(slow: Kit) -> None:
+    head = begin_and_kill(slow)
     assert slow.store.progress(head) is None
     slow.sweep_until_quiet()
     assert temporaries(slow) == []
@@ -407,6 +416,36 @@ def test_copy_whose_process_is_killed_begins_again_with_the_retry(slow: Kit) -> 
     quick(slow)
     until_ready(slow, copy_of_s(slow))
     assert holds(slow, "n", 7)
+    slow.sweep_until_quiet()
+    assert slow.check() == []
+
+
+def test_copy_whose_process_is_killed_is_begun_again_by_the_next_controller(slow: Kit) -> None:
+    begin_and_kill(slow)
+    copier = Copier(tools(), "main")
+    pools = Pools([PoolSpec("main", slow.store.root)], require_mount="any", timeout_s=PATIENCE_S)
+    collector = Collector(pools.all[0], tools(), resume=copier.resume)
+    collector.start()
+    try:
+        eventually(lambda: slow.store.volume(slow.volume_id("n")).state is VolumeState.READY)
+        assert holds(slow, "n", 7)
+    finally:
+        assert collector.stop(PATIENCE_S)
+        assert copier.stop(PATIENCE_S)
+    slow.sweep_until_quiet()
+    assert slow.check() == []
+    assert not copier.resume(slow.store, slow.volume_id("n"), slow.released.append), "there is nothing to be done"
+
+
+def test_copy_that_is_under_way_is_not_begun_a_second_time(slow: Kit) -> None:
+    begin(slow, copy_of_s(slow))
+    other = Copier(tools(), "main")
+    try:
+        assert not other.resume(slow.store, slow.volume_id("n"), slow.released.append)
+        slow.delete("n")
+        assert not other.resume(slow.store, slow.volume_id("n"), slow.released.append)
+    finally:
+        assert other.stop(PATIENCE_S)
     slow.sweep_until_quiet()
     assert slow.check() == []
 

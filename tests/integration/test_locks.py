@@ -1,5 +1,7 @@
 """Locks on names: between threads, between open files, between processes, and after a process was killed."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -53,6 +55,20 @@ def test_refused_attempt_does_not_free_the_holder(path: str) -> None:
                 pass
     with other.hold("a"):
         pass
+
+
+def test_name_is_free_after_the_block_though_a_child_that_is_being_started_has_the_file_open(path: str) -> None:
+    locks = Locks(path)
+    with locks.hold("a"):
+        child = os.fork()
+        if child == 0:  # as a command between fork and exec, which other threads start at any moment
+            signal.pause()
+    try:
+        with Locks(path).hold("a"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_one_of_many_threads_holds_a_name(path: str) -> None:
