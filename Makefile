@@ -61,7 +61,8 @@ crash: setup ## every operation and merge killed before each durable step, and 3
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 7200 crash -- \
 	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py \
 	  tests/integration/test_crash_states.py tests/integration/test_crash_merges.py \
-	  tests/integration/test_repair.py::test_repair_that_is_killed_before_a_step_is_ended_by_the_next_one
+	  tests/integration/test_repair.py::test_repair_that_is_killed_before_a_step_is_ended_by_the_next_one \
+	  tests/integration/test_export.py::test_killed_before_any_step
 
 soak: setup ## 500 random histories, one and two controllers; a minute of eight concurrent callers (SEED=... as printed)
 	@CSI_QUOBYTE_HISTORIES=500 CSI_QUOBYTE_CONCURRENCY_S=60 CSI_QUOBYTE_SEED=$(or $(SEED),0) $(CONTAINED) 7200 soak -- \

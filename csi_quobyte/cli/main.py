@@ -10,7 +10,7 @@ from contextlib import suppress
 import click
 
 from csi_quobyte import __version__
-from csi_quobyte.cli import check, doctor, gc, image, pool, serve, show, trash
+from csi_quobyte.cli import check, doctor, export, gc, image, pool, serve, show, trash
 from csi_quobyte.errors import AlreadyExists, Busy, DriverError, NotFound, Refused
 
 _REFUSED = (Refused, NotFound, AlreadyExists, Busy)
@@ -34,6 +34,7 @@ for command in (
     trash.trash,
     doctor.doctor,
     image.image,
+    export.export,
 ):
     cli.add_command(command)
 

@@ -18,8 +18,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from csi_quobyte import telemetry
+from csi_quobyte.engine import hold, layers, merging, removal, trash
 from csi_quobyte.engine import index as index_module
-from csi_quobyte.engine import layers, merging, removal, trash
 from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
@@ -36,7 +36,6 @@ from csi_quobyte.pool.records import (
     SnapshotState,
     TrashState,
     VolumeState,
-    child_marker,
     is_layer_id,
     note_uid,
     parse_marker,
@@ -361,16 +360,13 @@ def _finish_freezes(store: Store, found: Index, report: Report) -> None:
 
 
 def _end_dead_jobs(store: Store, found: Index, report: Report) -> None:
-    """Take away what jobs hold whose processes have died: their marker, then their record."""
+    """Take away what jobs hold whose processes have died: their snapshot, their marker, then their record."""
     for job in found.jobs.values():
         if not store.is_over(job):
             continue
         with _if_free(store, report):
             # One that has renewed it at this moment after all is left alone; from here on it cannot renew it any more.
-            ended = store.swap(job, job)
-            if ended.layer:
-                store.unmark(ended.layer, child_marker(ended.id))
-            store.remove(ended)
+            report.layers += hold.end(store, store.swap(job, job))
             report.files += 1
             log.info("the process has ended that made this: %s", job.what)
 

@@ -2,9 +2,10 @@
 
     jobs/<id>.json  renewed every minute      L <-- c-<id>    no layer has that id, so nothing of L's chain may change
 
-The record is made before the marker and removed after it. While it is there the collector lets the marker and the
-temporary files of its process be. When the process is dead (as locks tell on its mount), or has not renewed it for ten
-minutes, the collector removes both.
+The record is made before the marker and removed after it. A job that reads a volume takes a snapshot of its own first,
+whose name says whose it is. While the record is there the collector lets the marker, the snapshot and the temporary
+files of its process be. When the process is dead (as locks tell on its mount), or has not renewed it for ten minutes,
+the collector removes them.
 """
 
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from csi_quobyte.engine import layers, removal
 from csi_quobyte.errors import Busy, DriverError
 from csi_quobyte.host import jobs
 from csi_quobyte.pool import records
@@ -50,6 +52,19 @@ class Hold:
     def marker(self) -> str:
         """What it puts into the refs of the layer that it reads."""
         return child_marker(self.job.id)
+
+    @property
+    def snapshot_name(self) -> str:
+        """The CSI name of the snapshot that this job may take for itself; nobody else's has it."""
+        return _snapshot_name(self.job)
+
+    def drop_snapshot(self) -> None:
+        """Take away the snapshot that the job has taken for itself, once its marker holds the layer.
+
+        Raises:
+            Busy: another operation on the volume is running.
+        """
+        _drop_snapshot(self._store, self.job)
 
     def change(self, job: JobRecord) -> None:
         """Write down what the job holds from now on, before its marker is made.
@@ -109,10 +124,37 @@ def holding(store: Store, what: str) -> Iterator[Hold]:
         yield hold
     finally:
         try:
-            if hold.job.layer:
-                store.unmark(hold.job.layer, hold.marker)
-            store.remove(hold.job)
+            end(store, hold.job)
         except DriverError as error:
             # what the job was for is done, or has failed by itself; its record is ended as that of a dead process
             store.note_over(hold.job)
             log.warning("left to the collector, the hold of %s: %s", what, error)
+
+
+def end(store: Store, job: JobRecord) -> int:
+    """Let go of all that a job holds: its snapshot, its marker, its record; gives how many layers were dropped then.
+
+    Raises:
+        Busy: another operation on the volume is running; the record is still there.
+    """
+    left = _drop_snapshot(store, job)
+    if job.layer:
+        store.unmark(job.layer, child_marker(job.id))
+    store.remove(job)
+    # the snapshot or volume may have been deleted meanwhile; what cannot be dropped now is found by the collector
+    return sum(layers.drop_upwards(store, layer_id) for layer_id in {left, job.layer} - {None} if layer_id)
+
+
+def _snapshot_name(job: JobRecord) -> str:
+    return f"export-{job.id}"
+
+
+def _drop_snapshot(store: Store, job: JobRecord) -> str | None:
+    """Take away the snapshot of a job, if there is one; gives the layer that it leaves."""
+    snapshot_id = records.snapshot_id(store.prefix, _snapshot_name(job))
+    snapshot = store.find_snapshot(snapshot_id)
+    if snapshot is None:
+        return None
+    with store.lock(snapshot.source_volume), store.lock(snapshot_id):
+        current = store.find_snapshot(snapshot_id)
+        return removal.remove_snapshot(store, current) if current else None

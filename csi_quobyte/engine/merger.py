@@ -29,6 +29,7 @@ from csi_quobyte.pool.store import Store
 log = logging.getLogger(__name__)
 
 AGAIN_AFTER_S = 15.0  # after a merge that stepped back for somebody
+NOT_OURS_AFTER_S = 60.0  # while the lease is another's
 _QUIET_S = 5.0  # a layer that has lost a reference often loses the next one soon, and can be dropped then
 _GRACE_AND_A_BIT_S = merging.GRACE_S + 1.0
 
@@ -264,6 +265,10 @@ class Merger:
                 log.info("pool %s: no space for a merge of layer %s", self._pool.name, plan.layer)
             elif self._lease.hold(store):
                 self._merge(store, plan)
+            else:
+                # Who has it does not know what this process was told, or is dead: then it can be taken after a while.
+                log.info("pool %s: another process merges layers; layer %s waits", self._pool.name, plan.layer)
+                self._queue(thing, NOT_OURS_AFTER_S)
 
     def _end(self, store: Store, work: Work) -> None:
         """End what was begun; what fails comes again."""

@@ -160,6 +160,7 @@ def test_another_holder_of_the_lease_merges_alone(
     kit: Kit, start: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collector_module, "PASS_EVERY_S", 0.5)
+    monkeypatch.setattr(merger_module, "NOT_OURS_AFTER_S", 0.5)
     holder, elsewhere = Lease(), Store(kit.store.root)
     assert holder.hold(elsewhere)
     two_layers(kit)
@@ -188,6 +189,21 @@ def test_merge_of_a_host_that_is_gone_is_ended_as_soon_as_its_lease_is_over(
     assert kit.store.layer(layer_id).merge
     start(merges=False)
     wait_for("the end of the merge", lambda: kit.store.layer(layer_id).merge is None, timeout_s=DEADLINE_S)
+    assert kit.holds("v", 1, 2)
+
+
+def test_layer_that_was_released_while_a_host_that_is_gone_had_the_lease_is_merged_when_that_is_over(
+    kit: Kit, start: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "LEASE_S", 2.0)
+    monkeypatch.setattr(merger_module, "NOT_OURS_AFTER_S", 0.5)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Store, "place", "another boot id")
+        assert Lease().hold(Store(kit.store.root))
+    running = start()
+    time.sleep(1)  # the look at everything is over
+    running.release(two_layers(kit))
+    wait_for("the merge", lambda: depth(kit) == 1, timeout_s=DEADLINE_S)
     assert kit.holds("v", 1, 2)
 
 
