@@ -168,9 +168,8 @@ class Merger:
         self._changed = threading.Condition()
         self._stopping = False
         self._work: Work | None = None
-        self._due: list[tuple[float, int, str]] = []
-        self._queued: set[str] = set()
-        self._count = 0
+        self._due: list[tuple[float, str]] = []
+        self._queued: dict[str, float] = {}  # when each is due; other entries of the heap are outdated
         self._said = ""
         self._thread = threading.Thread(target=self._run, name=f"merger-{pool.name}", daemon=True)
 
@@ -198,11 +197,12 @@ class Merger:
         return not self._thread.is_alive()
 
     def _queue(self, layer_id: str, after_s: float) -> None:
+        """Have a look at a layer in a while; at the later time if it is due already: it was detached again, say."""
+        due = time.monotonic() + after_s
         with self._changed:
-            if layer_id not in self._queued:
-                self._queued.add(layer_id)
-                self._count += 1
-                heapq.heappush(self._due, (time.monotonic() + after_s, self._count, layer_id))
+            if due > self._queued.get(layer_id, 0.0):
+                self._queued[layer_id] = due
+                heapq.heappush(self._due, (due, layer_id))
                 self._changed.notify()
 
     def _run(self) -> None:
@@ -241,10 +241,11 @@ class Merger:
         if work := self._work:
             self._work = None
             return work
-        if self._due and self._due[0][0] <= time.monotonic():
-            layer_id = heapq.heappop(self._due)[2]
-            self._queued.discard(layer_id)
-            return layer_id
+        while self._due and self._due[0][0] <= time.monotonic():
+            due, layer_id = heapq.heappop(self._due)
+            if self._queued.get(layer_id) == due:
+                del self._queued[layer_id]
+                return layer_id
         return None
 
     def _release_lease(self) -> None:

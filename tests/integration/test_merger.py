@@ -88,6 +88,23 @@ def test_closed_layer_is_merged_after_the_time_of_grace(
     assert kit.holds("v", 1, 2)
 
 
+def test_layer_that_is_closed_twice_is_merged_after_the_later_time_of_grace(
+    kit: Kit, start: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "GRACE_S", 3.0)
+    monkeypatch.setattr(merger_module, "_GRACE_AND_A_BIT_S", 3.1)
+    running = start()
+    layer_id = two_layers(kit)
+    for pause_s in (1.5, 0.0):
+        opened = kit.attach("v").opened
+        kit.detach("v")
+        running.closed(opened)
+        running.release(layer_id)
+        time.sleep(pause_s)
+    wait_for("the merge", lambda: depth(kit) == 1, timeout_s=DEADLINE_S)
+    assert kit.holds("v", 1, 2)
+
+
 def test_nothing_is_begun_when_merging_is_off_but_what_was_begun_is_ended(
     kit: Kit, start: Callable[..., Collector]
 ) -> None:
