@@ -21,7 +21,9 @@ from csi_quobyte.engine import repair as repairing
 from csi_quobyte.errors import DriverError
 from csi_quobyte.host import qemu_img as product
 from csi_quobyte.host.qemu import ImageLayer
-from csi_quobyte.pool.sizes import MIB
+from csi_quobyte.operations import exporting
+from csi_quobyte.operations.exporting import ExportRequest
+from csi_quobyte.pool.sizes import MIB, SizeRange
 from lab.client import Client, block_capability
 from lab.machine import Machine
 
@@ -189,6 +191,14 @@ def put_into_disk(kit: Kit, name: str, data: Path) -> None:
     qemu_io(write_disk(kit.store, head.id), f"write -s {data} 0 {length}", read_only=False)
 
 
+def export(kit: Kit, name: str, path: Path, image_format: str, *, snapshot: str = "") -> Path:
+    """Export a volume, or one of its snapshots."""
+    wanted = kit.snapshot_id(snapshot) if snapshot else ""
+    request = ExportRequest(kit.volume_id(name), str(path), image_format, snapshot=wanted)  # type: ignore[arg-type]
+    exporting.export(kit.store, tools(), request, lambda _: "go on")
+    return path
+
+
 def disk_begins_with(kit: Kit, layer_id: str, data: bytes, folder: Path) -> bool:
     """Say whether what a layer shows begins with these bytes, by the copy that the driver itself would make."""
     chain = [kit.store.layer(layer_id)]
@@ -225,10 +235,19 @@ def test_what_a_pod_writes_into_its_disk_is_data(kit: Kit, tmp_path: Path, canar
         kit.create(f"cached{number}", source=kit.from_snapshot(f"s{number}"), clone_mode="cache")
         kit.attach(name)
         kit.detach(name)
+        for file_format in ("raw", "qcow2"):
+            exported = export(kit, name, tmp_path / f"{name}.{file_format}", file_format)
+            if file_format == "raw":
+                assert exported.read_bytes().startswith(data)
+            kit.import_image(f"{name} {file_format}", exported, file_format)
+            kit.create(f"imported-{file_format}{number}", source_image=f"{name} {file_format}", size=SizeRange())
+            exported.unlink()
         written[name] = data
     assert kit.check() == []
     assert repairing.repair(kit.store, tools(), kit.check_image).actions == []
     for number in range(len(IN_A_DISK)):
+        for image in ("raw", "qcow2"):
+            kit.remove_image(f"v{number} {image}")
         kit.delete_snapshot(f"s{number}")
         kit.delete(f"restored{number}")
     kit.sweep_until_quiet()
@@ -236,7 +255,7 @@ def test_what_a_pod_writes_into_its_disk_is_data(kit: Kit, tmp_path: Path, canar
     assert not canary.was_opened()
     for name, data in written.items():
         assert disk_begins_with(kit, kit.chain(name)[0].id, data, tmp_path), name
-        for other in ("cloned", "copied", "cached"):
+        for other in ("cloned", "copied", "cached", "imported-raw", "imported-qcow2"):
             assert disk_begins_with(kit, kit.chain(name.replace("v", other))[0].id, data, tmp_path), name
     assert [finding for finding in kit.check() if finding.severity == "error"] == []
     assert not canary.was_opened()
@@ -248,9 +267,11 @@ def test_what_a_pod_writes_into_its_disk_is_data(kit: Kit, tmp_path: Path, canar
 # --- in the place of an image ----------------------------------------------------------------------------------
 
 
-def attempts(kit: Kit) -> dict[str, Callable[[], object]]:
+def attempts(kit: Kit, out: Path) -> dict[str, Callable[[], object]]:
     """Everything that can be done with v, whose head and base are hostile, and with its snapshot s."""
     return {
+        "export the snapshot": lambda: export(kit, "v", out / "s.raw", "raw", snapshot="s"),
+        "export the volume": lambda: export(kit, "v", out / "v.raw", "raw"),
         "snapshot": lambda: kit.snapshot("new", of="v"),
         "clone": lambda: kit.create("clone", source=kit.from_volume("v")),
         "restore": lambda: kit.create("restored", source=kit.from_snapshot("s")),
@@ -282,7 +303,7 @@ def test_header_that_somebody_has_exchanged(
     images = [Path(kit.store.image_path(layer)) for layer in kit.chain("v")]
     for image in images:
         image.write_bytes(data)
-    for what, attempt in attempts(kit).items():
+    for what, attempt in attempts(kit, tmp_path).items():
         try:
             attempt()
         except DriverError as error:
