@@ -310,7 +310,7 @@ def _fill_cache(
     try:
         with _lock_patiently(store, snapshot.id):
             _check_wanted(store, snapshot)
-            store.make_layer(record, snapshot_marker(snapshot), copied or _never)
+            store.make_layer(record, snapshot_marker(snapshot), copied or _never, is_commit=True)
     finally:
         if copied:
             store.discard_temporary(copied)

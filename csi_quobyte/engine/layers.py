@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 
+from csi_quobyte.engine import index
 from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
 from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import HARD_DEPTH, chain_of
@@ -334,12 +335,15 @@ def undo_announced(store: Store, volume_id: str, layer_id: str) -> None:
     """Undo a blank volume that was announced, unless it was published.
 
     The announcement goes first: from then on nobody can publish it, and whether somebody had can be seen: by the
-    volume's record, or, when the volume has moved on or was deleted since, by what else refers to the layer.
+    volume's record, or, when the volume has moved on or was deleted since, by what else refers to the layer: that may
+    be what the volume has become in the trash, or was restored as.
     """
     store.revoke(volume_id, layer_id)
     volume = store.find_volume(volume_id)
     markers = store.markers(layer_id) or []
     if (volume and volume.head == layer_id) or any(not marker.startswith("v-") for marker in markers):
+        return
+    if any(index.is_needed_now(store, layer_id, marker) for marker in map(parse_marker, markers) if marker):
         return
     for marker in markers:
         store.unmark(layer_id, marker)

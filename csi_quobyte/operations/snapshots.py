@@ -133,7 +133,7 @@ def _write_intent(store: Store, snapshot_id: str, request: SnapshotRequest) -> S
             trash_retention_s=request.trash_retention_s,
             kubernetes=request.kubernetes,
         ),
-        sync=False,  # see volumes: an intent need not outlive a power cut
+        sync=False,  # see volumes: until it freezes something, an intent need not outlive a power cut
     )
 
 
@@ -144,6 +144,7 @@ def _finish(store: Store, snapshot: SnapshotRecord) -> SnapshotRecord:
         volume = layers.ready_volume(store, snapshot.source_volume)
         if volume.head not in {snapshot.layer, snapshot.next}:
             raise NotFound(f"volume {volume.id} was made anew meanwhile")
+        store.settle(snapshot)  # see volumes: before the volume's claim names an overlay that only this intent explains
         layers.freeze(store, volume, snapshot.next, check_intent=lambda: _check_unchanged(store, snapshot))
     layers.check_intent(
         store,

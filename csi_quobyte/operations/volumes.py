@@ -193,7 +193,7 @@ def _create_from(
                 raise Busy(f"the cache of snapshot {request.source.id} was given up by another operation")
             planned = _plan(store, volume_id, request, base, provisioned)
         # An intent has to be seen before what it names, not to outlive a power cut: what is found without one then
-        # is removed by the collector.
+        # is removed by the collector. (A freeze makes it durable first.)
         volume = store.create(planned, sync=False)
     try:
         return _finish(store, volume)
@@ -315,6 +315,8 @@ def _find_base(store: Store, source: Source | None, clone_mode: CloneMode) -> _B
             raise NotFound(f"snapshot {source.id} is being deleted")
         if clone_mode == "cache":
             cache = cache_of(store, snapshot)
+            if cache:
+                store.settle(cache)  # its record is the commit: whoever wrote it may have died before that was durable
             layer_id = cache.id if cache else snapshot.layer
             return _Base(layer_id, None, snapshot.size_bytes, snapshot.content, uncached=cache is None)
         if clone_mode == "overlay":  # a copy puts nothing on that chain
@@ -403,6 +405,8 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
         cloned = ready_volume(store, source.id)
         if cloned.head not in {parent_id, volume.source_next}:
             raise NotFound(f"volume {source.id} was made anew meanwhile")
+        # The source's claim names an overlay that only this intent explains: it must outlive a power cut if that does.
+        store.settle(volume)
         layers.freeze(store, cloned, volume.source_next, check_intent=lambda: _check_unchanged(store, volume))
     if source and source.kind == "volume":
         layers.check_intent(

@@ -904,6 +904,7 @@ class Store:
         write: Callable[[int], None] | str,
         *,
         also: Sequence[str] = (),
+        is_commit: bool = False,
     ) -> LayerRecord:
         """Make a layer, referred to by `marker`: refs, image, record; durable on return.
 
@@ -912,7 +913,8 @@ class Store:
         What an earlier attempt of the same intent has made is kept: each part is published whole, under a random id.
         They are looked for one by one, because after a power cut some of the names may be there and others not. The
         names come in this order: a record without refs would mean a condemned layer. The files `also` are made durable
-        with them.
+        with them. With `is_commit` no other record follows that says that all of it is there: the layer's own then gets
+        its name when the others are durable.
 
         Raises:
             Exhausted: no space; no name was made but that of the refs directory.
@@ -937,6 +939,8 @@ class Store:
                 )
             self._steps.sync_all([refs, *unnamed.values(), *also])
             for name, temporary in unnamed.items():
+                if is_commit and name != path:
+                    self._steps.sync(os.path.dirname(path))
                 with suppress(FileExistsError):
                     self._steps.link(temporary, name, sync=False)
             self._steps.sync(os.path.dirname(path))

@@ -9,9 +9,11 @@ show after a cut between any two of them (`after_cut`). Model, on purpose weaker
 
 What another process writes (a storage daemon, qemu-img) is seen when this process makes its next recorded call; it
 is durable once this process has synced the file, and until then all or nothing: the writing process's own order of
-writes and flushes is not seen.
+writes and flushes is not seen. Of a temporary file it fills, a part may be there, too: nobody trusts it before it is
+synced.
 """
 
+import itertools
 import os
 import random
 import threading
@@ -25,6 +27,7 @@ import pytest
 
 _BLOCK_BYTES = 4096
 _IMAGES = (".qcow2", ".raw")
+_TEMPORARIES = "tmp/"
 ROOT = 0
 
 
@@ -194,13 +197,17 @@ class Names:
 
 @dataclass(frozen=True)
 class Written:
-    """Data of a file. `length_bytes` instead of data sets the length, `whole` is what another process made of it."""
+    """Data of a file. `length_bytes` instead of data sets the length, `whole` is what another process made of it.
+
+    `is_torn`: of that, a part may be left.
+    """
 
     file: int
     offset_bytes: int = 0
     data: bytes = b""
     length_bytes: int | None = None
     whole: Content | None = None
+    is_torn: bool = False
 
     def on(self, before: Content) -> Content:
         """Give what the file holds after it."""
@@ -260,16 +267,17 @@ class Recorder:
         return isinstance(path, str | Path) and f"{path}/".startswith(f"{self.root}/")
 
     def _look(self, *, note: bool = True) -> None:
-        """See what other processes have written into images."""
+        """See what other processes have written into images, and into temporary files that are to become some."""
         for path, number in list(self._now.walk()):
-            if path.endswith(_IMAGES):
+            is_temporary = path.startswith(_TEMPORARIES)
+            if path.endswith(_IMAGES) or is_temporary:
                 found = os.stat(f"{self.root}/{path}")
                 stamp = (found.st_mtime_ns, found.st_size)
                 if self._stamps.get(number) != stamp:
                     self._stamps[number] = stamp
                     content = read_content(f"{self.root}/{path}")
                     if note and content.key() != self._now.files[number].key():
-                        self._do(Written(number, whole=content))
+                        self._do(Written(number, whole=content, is_torn=is_temporary))
 
     def flushed_outside(self) -> None:
         """Say that the processes that write images have flushed what they wrote."""
@@ -362,6 +370,8 @@ class Recorder:
                 if name == "close":
                     del self._numbers[fd]
                     return real(fd)
+                if name in {"fsync", "fdatasync"}:
+                    self._stamps.pop(self._numbers[fd], None)  # two writes in one tick of the clock have one time
                 self._look()
                 result = real(fd, *arguments)
                 self._changed(name, fd, result, *arguments)
@@ -434,6 +444,12 @@ def chance(seed: int) -> Luck:
     )
 
 
+def all_but(number: int) -> Luck:
+    """Give the luck that loses one of the unsynced sets of names, counted from the latest; all data are there."""
+    asked = itertools.count(1)
+    return Luck(f"all but name {number}", lambda: next(asked) != number, lambda: "all")
+
+
 def after_cut(start: Tree, events: Sequence[Event], luck: Luck) -> Tree:
     """Give what is there when the power goes after these events."""
     tree = start.copy()
@@ -470,12 +486,24 @@ def _keep_data(tree: Tree, events: Sequence[Event], luck: Luck) -> None:
     for file, writes in pending.items():
         before = tree.files[file]
         if any(write.whole for write in writes):
-            writes = writes if luck.data() == "all" else []
+            writes = _surviving_of_others(writes, luck)
         else:
             writes = _surviving(writes, luck)
         for write in writes:
             before = write.on(before)
         tree.files[file] = before
+
+
+def _surviving_of_others(writes: list[Written], luck: Luck) -> list[Written]:
+    fate = luck.data()
+    last = writes[-1]
+    if fate == "all":
+        return writes
+    if fate == "none" or last.whole is None or not last.is_torn:
+        return []
+    numbers = sorted(last.whole.blocks)
+    kept = numbers[: luck.part(len(numbers))] if fate == "part" else []
+    return [Written(last.file, whole=replace(last.whole, blocks={one: last.whole.blocks[one] for one in kept}))]
 
 
 def _surviving(writes: list[Written], luck: Luck) -> list[Written]:

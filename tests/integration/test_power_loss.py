@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import pytest
 import test_crash_merges
 import test_crash_steps
 from controller_kit import OWNER, SIZE_BYTES, Kit, tree
-from crash_runner import IMAGES, OPERATIONS
+from crash_runner import IMAGES, OPERATIONS, import_new
 from power_cut import (
     ALL_LOST,
     ALL_THERE,
@@ -32,18 +33,23 @@ from power_cut import (
     ZEROS,
     Event,
     Luck,
+    Names,
     Recorder,
+    Synced,
     Tree,
     after_cut,
+    all_but,
     chance,
 )
 from test_crash_steps import UNTOUCHED, is_noticed, retry
 
 from csi_quobyte.engine import collector
+from csi_quobyte.errors import NotFound
 from csi_quobyte.operations import volumes
 from csi_quobyte.pool import records
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import Modes
+from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.steps import Steps
 from csi_quobyte.pool.store import Store
 
@@ -56,7 +62,7 @@ merge_template = test_crash_merges.template
 Blocks = tuple[int, ...]
 Files = dict[str, str]
 Model = dict[str, Blocks | None]
-"""What volumes ("v") and snapshots ("snapshot s") hold in their first blocks; None: there is none."""
+"""What volumes ("v"), snapshots ("snapshot s"), images ("image i") hold in their first blocks; None: there is none."""
 BEFORE: Model = {**UNTOUCHED, "snapshot s": (1, 0, 0)}
 
 
@@ -85,6 +91,12 @@ def is_detached(kit: Kit) -> None:
 
 def image_is_gone(kit: Kit) -> None:
     assert kit.store.find_image(kit.image_id("golden")) is None
+
+
+def remove_new(kit: Kit) -> None:
+    """Remove the image "new"; done before is success."""
+    with suppress(NotFound):
+        kit.remove_image("new")
 
 
 def content_is_noted(kit: Kit) -> None:
@@ -117,6 +129,11 @@ SINGLE: dict[str, Step] = {
         ("delete volume", {"v": None}, as_before),
         ("delete snapshot", {"snapshot s": None}, as_before),
         ("create from image", {"new": (7, 8, 0)}, as_before),
+        ("copy of snapshot", {"new": (1, 0, 0)}, as_before),
+        ("copy of volume", {"new": (1, 2, 3)}, as_before),
+        ("cache copy of snapshot", {"new": (1, 0, 0)}, as_before),
+        ("copy of image", {"new": (7, 8, 0)}, as_before),
+        ("import image", {"image new": (7, 8, 0)}, as_before),
         ("remove image", {}, image_is_gone),
         ("attach", {}, is_attached),
         ("detach", {}, is_detached),
@@ -147,10 +164,26 @@ ROWS: dict[str, tuple[Step, ...]] = {
         Step(lambda kit: collector.sweep(kit.store)),
         Step(lambda kit: kit.delete("v"), {"v": None}),
     ),
+    "copies that outlive their source": (
+        Step(OPERATIONS["cache copy of snapshot"], {"new": (1, 0, 0)}),
+        Step(
+            lambda kit: kit.create("copy", source=kit.from_snapshot("s"), clone_mode="copy", image_format="raw"),
+            {"copy": (1, 0, 0)},
+        ),
+        Step(lambda kit: kit.delete_snapshot("s"), {"snapshot s": None}),
+        Step(lambda kit: collector.sweep(kit.store)),
+        Step(lambda kit: kit.delete("new"), {"new": None}),
+        Step(lambda kit: kit.snapshot("t", of="copy"), {"snapshot t": (1, 0, 0)}),
+    ),
+    "an image and what is made from it": (
+        Step(import_new, {"image new": (7, 8, 0)}),
+        Step(lambda kit: kit.create("new", source_image="new", size=SizeRange()), {"new": (7, 8, 0)}),
+        Step(remove_new, {"image new": None}),
+        Step(lambda kit: kit.delete("new"), {"new": None}),
+        Step(import_new, {"image new": (7, 8, 0)}),
+    ),
 }
-# a storage daemon moves their data, whose writes and flushes are not recorded here
-COPIES = {name for name in OPERATIONS if "copy" in name}
-assert set(OPERATIONS) - COPIES <= set(ROWS), "an operation of the crash tests is not here"
+assert set(OPERATIONS | IMAGES) <= set(ROWS), "an operation of the crash tests is not here"
 
 
 # --- recording and cutting -------------------------------------------------------------------------------------
@@ -227,10 +260,13 @@ def cases(row: Row, *, number: int = CUTS) -> Iterator[Case]:
 
 def holds(kit: Kit, name: str, blocks: Blocks | None) -> bool:
     kind, _, rest = name.rpartition(" ")
-    if kind:
+    if kind == "snapshot":
         if blocks is None:
             return kit.store.find_snapshot(kit.snapshot_id(rest)) is None
         return kit.snapshot_holds(rest, *blocks)
+    if kind == "image":
+        found = kit.store.find_image(kit.image_id(rest))
+        return found is None if blocks is None else found is not None and kit.layer_holds(found.layer, *blocks)
     if blocks is None:
         return kit.store.find_volume(kit.volume_id(rest)) is None
     return kit.holds(rest, *blocks)
@@ -311,6 +347,69 @@ def test_nothing_acknowledged_is_lost_in_a_power_cut(
     states = try_cuts(row, target, cases(row), partial(check_case, as_new))
     print(f"{name}: {len(row.events)} events, {states} states after a cut, seed {SEED}")
     assert states
+
+
+NAMES_UNSYNCED = 20
+
+
+@pytest.mark.parametrize("name", ["create from volume", "snapshot", "copy of volume", "cache copy of snapshot"])
+def test_one_name_that_is_lost_takes_nothing_with_it(
+    name: str, template: tuple[Path, Files], target: Path, impatient: None
+) -> None:
+    """At the moments at which what is written down elsewhere rests on a name: claims of records, and new layers."""
+    source, as_new = template
+    row = record(copied(source), ROWS[name], BEFORE)
+    cuts = [at for at, event in enumerate(row.events, 1) if isinstance(event, Names) and rests_on_others(event)]
+    chosen = [Case(cut, all_but(number)) for cut in cuts for number in range(1, NAMES_UNSYNCED)]
+    random.Random(SEED).shuffle(chosen)
+    states = try_cuts(row, target, chosen[: CUTS * 4 or None], partial(check_case, as_new))
+    print(f"{name}: {len(cuts)} moments, {states} states after a cut")
+    assert states
+
+
+def rests_on_others(event: Names) -> bool:
+    """Say whether a record or its claim gets its name."""
+    return any(".json" in name and number is not None for _, name, number in event.changes)
+
+
+def named(row: Row, ending: str) -> tuple[int, int]:
+    """Give when the first file with this ending got its name, and the directory of that."""
+    return next(
+        (at, directory)
+        for at, event in enumerate(row.events)
+        if isinstance(event, Names)
+        for directory, name, number in event.changes
+        if number is not None and name.endswith(ending)
+    )
+
+
+def is_synced(row: Row, directory: int, after: int, before: int) -> bool:
+    return any(isinstance(event, Synced) and event.number == directory for event in row.events[after:before])
+
+
+@pytest.mark.parametrize(("name", "intent"), [("create from volume", "volume_id"), ("snapshot", "snapshot_id")])
+def test_intent_of_a_freeze_is_durable_before_the_volumes_claim(
+    name: str, intent: str, template: tuple[Path, Files], impatient: None
+) -> None:
+    root = copied(template[0])
+    kit = Kit(Store(str(root)))
+    volume = kit.store.volume(kit.volume_id("v"))
+    kit.store.close()
+    row = record(root, ROWS[name], BEFORE)
+    made, directory = named(row, f"{getattr(kit, intent)('new')}.json")
+    claimed, _ = named(row, f"{volume.id}.json.g{volume.generation + 1}")
+    assert is_synced(row, directory, made, claimed)
+
+
+def test_image_of_a_cache_is_durable_before_its_record(template: tuple[Path, Files], impatient: None) -> None:
+    row = record(copied(template[0]), ROWS["cache copy of snapshot"], BEFORE)
+    made, directory = named(row, ".qcow2")
+    at = next(
+        at
+        for at, event in enumerate(row.events)
+        if isinstance(event, Names) and at > made and event.changes[0][:1] == (directory,)
+    )
+    assert is_synced(row, directory, made, at)
 
 
 # --- merges ----------------------------------------------------------------------------------------------------

@@ -210,6 +210,24 @@ def test_what_never_was_ready_is_undone_and_not_kept(kit: Kit) -> None:
     assert tree(kit.store.root) == new
 
 
+@pytest.mark.parametrize("name", ["", "w"])
+def test_announcement_that_a_crash_has_left_does_not_take_a_kept_volumes_layer_away(kit: Kit, name: str) -> None:
+    """A blank volume whose process died right after it was published: the announcement is there when it is deleted."""
+    died = Kit(Store(kit.store.root, observer=dies_before("unlink", ".new-")))
+    with pytest.raises(DiedError):
+        died.create("v", **KEPT)
+    assert kit.create("v", **KEPT).state is VolumeState.READY
+    kit.write("v", 1)
+    kit.delete("v")
+    if name:
+        kit.restore(kit.trashed("v"), name)
+    kit.sweep_until_quiet()
+    if not name:
+        kit.restore(kit.trashed("v"))
+    assert kit.holds(name or "v", 1)
+    assert kit.check() == []
+
+
 def test_other_way_of_deleting_is_another_request(kit: Kit) -> None:
     kit.create("v")
     with pytest.raises(AlreadyExists, match="onDelete is delete, asked for trash"):
