@@ -1,10 +1,12 @@
 """Random histories of calls against a plain model of names, sizes and contents: real servicers on a real directory.
 
-Rules: create, clone, restore, snapshot, delete, expand, attach, detach, write, list, restart, collect, merge. Every
-changing call may be killed with SIGKILL before one of its durable steps, and is then made again or left as it is; the
-collector is killed at steps and in the middle of its jobs. Names are used again. Whole disks are compared, byte for
-byte. At the end of each history everything that the model knows is there, `check` finds nothing, and when all is
-deleted the pool is as new.
+Steps: create, clone, restore, copy, snapshot, delete, expand, attach, detach, write, list, restart, collect, merge; the
+trash: delete into it, restore, purge, let the time pass; golden images: import, volumes from them, remove. Copies
+(`cloneMode: copy` and `cache`) go on in threads of the controller while other calls are made, or are waited for. Every
+changing call may be killed with SIGKILL before one of its durable steps, a copy also at any moment, and is then made
+again or left as it is; the collector is killed at steps and in the middle of its jobs. Names are used again. Whole
+disks are compared, byte for byte. At the end of each history everything that the model knows is there, also in the
+trash, `check` finds nothing, and when all is deleted the pool is as new.
 
 `make soak` makes 500 histories with one controller and 500 with two: two mounts of the directory, whose locks do
 not reach each other, with a controller on each.
@@ -16,108 +18,81 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from controller_kit import BLOCK_BYTES, NODE, OWNER, Kit, Tree, qemu_io, read_disk, tree
-from hypothesis import HealthCheck, Phase, seed, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from servicer_kit import COLLECT, Servicer, as_line
+from controller_kit import BLOCK_BYTES, NODE, OWNER, Tree, tree
+from dice import between, fraction, one_of, run_history, step
+from history_model import Disk, Kept, Model, Wish, shows
+from servicer_kit import COLLECT, COLLECT_LATER, IMPORT, LATER, PURGE, REMOVE_IMAGE, RESTORE, Servicer, as_line
 from test_crash_merges import wait_for_the_daemons_end
 from test_crash_steps import Runner, is_noticed
 
-from csi_quobyte.errors import AlreadyExists, Busy, NotFound, Refused
+from csi_quobyte.engine import trash
+from csi_quobyte.errors import AlreadyExists, Busy, NotFound, Refused, Unavailable
+from csi_quobyte.operations import golden
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pool import images, records
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.sizes import MIB
+from csi_quobyte.pool.store import Store
 from lab.client import block_capability
 
 SEED = int(os.environ.get("CSI_QUOBYTE_SEED", "0")) or random.SystemRandom().randrange(1 << 31)
-HISTORIES = int(os.environ.get("CSI_QUOBYTE_HISTORIES", "5"))
+HISTORIES = int(os.environ.get("CSI_QUOBYTE_HISTORIES", "3"))
+FURTHER = 1_000_003  # from the seed of one history to the next one's: runs of near seeds have no history in common
 STEPS = int(os.environ.get("CSI_QUOBYTE_HISTORY_STEPS", "30"))
 
-VOLUMES = st.sampled_from(["v1", "v2", "v3"])
-SNAPSHOTS = st.sampled_from(["s1", "s2", "s3"])
-FORMATS = st.sampled_from(["qcow2", "qcow2", "raw"])
+VOLUMES = one_of("v1", "v2", "v3", "v4")
+SNAPSHOTS = one_of("s1", "s2", "s3")
+IMAGES = one_of("i1", "i2")
+FORMATS = one_of("qcow2", "qcow2", "raw")
+CLONE_MODES = one_of("overlay", "copy", "cache")
+ON_DELETE = one_of("delete", "trash", "retain")
 SIZE_BYTES = 4 * MIB
 MAXIMUM_BYTES = 16 * MIB
 QUIET_S = 20.0
+IN_BACKGROUND_S = 0.0
 BLOCKS = SIZE_BYTES // BLOCK_BYTES
 SLOTS = (0, 1, 2, BLOCKS // 2, BLOCKS - 1)
 """The blocks that are written, and the last one of the volume."""
+FILES: tuple[dict[int, int], ...] = ({0: 201, BLOCKS - 1: 202}, {1: 203})
+"""What the files hold that images are imported from."""
 
-# Before which durable step a call is killed, if it is, and whether it is left so.
-KILL_AT = st.one_of(st.none(), st.integers(1, 12), st.integers(1, 40))
-LEFT = st.sampled_from([False, False, True])
-AT = st.integers(0, 1)
-
-
-@dataclass
-class Disk:
-    """What the model knows of a volume or snapshot: size, what its blocks are filled with, what it was made from."""
-
-    size_bytes: int
-    blocks: dict[int, int]
-    source: str = ""
-    image_format: str = "qcow2"
-    is_attached: bool = False
-
-    def copy(self, *, source: str, image_format: str = "qcow2") -> "Disk":
-        return Disk(self.size_bytes, dict(self.blocks), source, image_format)
-
-
-@dataclass
-class Model:
-    """The names that exist, and those of which a killed call has left what only the pool knows."""
-
-    disks: dict[str, Disk] = field(default_factory=dict)
-    unknown: set[str] = field(default_factory=set)
-    writes: int = 0
-
-    def names(self, kind: str) -> list[str]:
-        return sorted(name for name in self.disks if name.startswith(kind))
+Kill = int | float | None
+"""Before which durable step a call is killed, or after how many seconds; None: it is not."""
+KILL_AT = one_of(None, None, between(1, 12), between(1, 40))
+KILL_COPY = one_of(None, KILL_AT, fraction(0.15))
+LEFT = one_of(False, False, True)
+"""Whether a call that is killed, or answered ABORTED, is left so."""
+AT = between(0, 1)
+CHOICE = between(0, 59)
+"""One of what there is then."""
 
 
 @dataclass
 class Tally:
-    """What a run did, for its last line."""
+    """What a run did, for its last line; `left` are copies that went on beside other calls."""
 
     histories: int = 0
-    steps: int = 0
     kills: int = 0
+    left: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
 
 
-TALLY = Tally()
-
-
-def shows(kit: Kit, layer_id: str, blocks: dict[int, int]) -> bool:
-    """Say whether a layer's disk holds these blocks and zeros everywhere else, comparing every byte."""
-    layer = kit.store.layer(layer_id)
-    end = images.virtual_size_bytes(kit.store, layer) // BLOCK_BYTES
-    assert all(block < end for block in blocks), f"{blocks} and only {end} blocks"
-    commands = []
-    start = 0
-    for at in range(1, end + 1):
-        if at == end or blocks.get(at, 0) != blocks.get(start, 0):
-            commands.append(f"read -P {blocks.get(start, 0)} {start * BLOCK_BYTES} {(at - start) * BLOCK_BYTES}")
-            start = at
-    return qemu_io(read_disk(kit.store, layer_id), *commands, read_only=True) == 0
-
-
-class Histories(RuleBasedStateMachine):
-    """Each rule makes one call and does the same to the model, and compares the answers."""
+class Histories:
+    """Each step makes one call and does the same to the model, and compares the answers."""
 
     controllers = 1
-    runner: Runner
 
-    @initialize()
-    def make_pool(self) -> None:
+    def __init__(self, runner: Runner, tally: Tally) -> None:
+        self.runner = runner
+        self.tally = tally
         memory = Path("/dev/shm")
         self.base = Path(tempfile.mkdtemp(prefix="csi-quobyte-test-", dir=memory if memory.is_dir() else None))
         root = self.base / "pool"
@@ -127,11 +102,18 @@ class Histories(RuleBasedStateMachine):
         self.roots = [root]
         if self.controllers == 2:
             self.roots.append(self._second_mount(root))
-        self.servicers = [Servicer(str(each)) for each in self.roots]
+        self.servicers = [self._servicer(at) for at in range(self.controllers)]
         self.kit = self.servicers[0].kit
         self.kit.add_node()
         self.model = Model()
-        TALLY.histories += 1
+        self.tally.histories += 1
+        # most steps need something to work on
+        self._create(0, "v1", Wish())
+        self.write(0, 0)
+        self._snapshot(0, "s1", Wish("v1", on_delete="trash"))
+
+    def _servicer(self, at: int) -> Servicer:
+        return Servicer(str(self.roots[at]), in_background_s=IN_BACKGROUND_S)
 
     def _second_mount(self, root: Path) -> Path:
         """Mount the pool a second time, with a lock file of its own: locks do not reach from one to the other."""
@@ -144,12 +126,12 @@ class Histories(RuleBasedStateMachine):
 
     # --- calls -------------------------------------------------------------------------------------------------
 
-    def _call(self, at: int, method: str, request: Any, *, kill_at: int | None = None) -> Any:
+    def _call(self, at: int, method: str, request: Any, *, kill: Kill = None) -> Any:
         """Make a call, which is killed first and made again if that is wanted."""
-        TALLY.steps += 1
+        self.tally.calls[method] += 1
         at %= self.controllers
-        if kill_at:
-            self._kill(at, as_line(method, request), kill_at=kill_at)
+        if kill is not None:
+            self._kill(at, as_line(method, request), kill)
         return self.servicers[at].eventually(method, request, meanwhile=self._end_merges)
 
     def _end_merges(self) -> None:
@@ -158,62 +140,116 @@ class Histories(RuleBasedStateMachine):
             with suppress(Busy):  # the lease is a dead process's of the other mount
                 servicer.collect(merges=False)
 
-    def _kill(self, at: int, line: str, *, kill_at: int = 0, after_s: float | None = None) -> None:
-        TALLY.kills += self.runner.run(self.roots[at % self.controllers], line, kill_at, in_job_s=after_s)
+    def _kill(self, at: int, line: str, kill: Kill) -> None:
+        steps, after_s = (0, kill) if isinstance(kill, float) else (kill or 0, None)
+        self.tally.kills += self.runner.run(self.roots[at % self.controllers], line, steps, in_job_s=after_s)
 
-    def _leave(self, at: int, method: str, request: Any, name: str, kill_at: int) -> None:
+    def _leave(self, at: int, method: str, request: Any, name: str, kill: Kill) -> None:
         """Kill a call and leave what it has done: from now on only the pool knows what there is of this name."""
-        TALLY.steps += 1
-        self._kill(at, as_line(method, request), kill_at=kill_at)
-        self.model.disks.pop(name, None)
-        self.model.unknown.add(name)
+        self.tally.calls[method] += 1
+        self._kill(at, as_line(method, request), kill)
+        self.model.leave(name)
 
     def _settle(self, *names: str) -> None:
-        """Delete what a killed call has left of these names."""
-        for name in set(names) & self.model.unknown:
-            self._delete(0, name)
-            self.model.unknown.discard(name)
+        """End what was begun of these names: a restore, a copy; and delete what else a killed call has left of them."""
+        for name in names:
+            self._settle_restore(name)
+            if name in self.model.unknown:
+                self._delete(0, name)
+                self._settled(name)
+            if name in self.model.copying:
+                self._create(0, name, self.model.copying[name].wish)
 
-    def _delete(self, at: int, name: str, kill_at: int | None = None) -> None:
-        if name.startswith("s"):
-            request = csi.DeleteSnapshotRequest(snapshot_id=self.kit.snapshot_id(name))
-            self._call(at, "DeleteSnapshot", request, kill_at=kill_at)
-        else:
-            request = csi.DeleteVolumeRequest(volume_id=self.kit.volume_id(name))
-            self._call(at, "DeleteVolume", request, kill_at=kill_at)
+    def _settle_restore(self, name: str) -> None:
+        if name in self.model.restoring:
+            entry_id, kept = self.model.restoring.pop(name)
+            self._call(0, RESTORE, [entry_id, name])
+            self._restored(entry_id, name, kept)
+
+    def _settled(self, name: str) -> None:
+        """A name that was unknown is deleted, into the trash if a killed delete had said so before."""
+        self.model.unknown.discard(name)
+        if name in self.model.moving:
+            entry_id, kept = self.model.moving.pop(name)
+            self.model.trash[entry_id] = kept
+
+    def _id(self, name: str) -> str:
+        of_kind = {"v": self.kit.volume_id, "s": self.kit.snapshot_id, "i": self.kit.image_id}
+        return of_kind[name[0]](name)
+
+    def _record(self, name: str) -> Any:
+        find = {"v": self.kit.store.volume, "s": self.kit.store.snapshot}
+        return find[name[0]](self._id(name)) if name[0] in find else self.kit.image(name)
 
     # --- volumes -----------------------------------------------------------------------------------------------
 
-    @rule(at=AT, name=VOLUMES, image_format=FORMATS, kill_at=KILL_AT, left=LEFT)
-    def create(self, at: int, name: str, image_format: str, kill_at: int | None, left: bool) -> None:
-        self._create(at, name, "", image_format, kill_at, left=left)
+    @step(4, at=AT, name=VOLUMES, image_format=FORMATS, on_delete=ON_DELETE, kill=KILL_AT, left=LEFT)
+    def create(self, at: int, name: str, image_format: str, on_delete: str, kill: Kill, left: bool) -> None:
+        self._settle_but_copies(name)
+        self._create(at, name, Wish(image_format=image_format, on_delete=on_delete), kill, left=left)
 
-    @rule(at=AT, name=VOLUMES, source=st.one_of(VOLUMES, SNAPSHOTS), kill_at=KILL_AT, left=LEFT)
-    def create_from(self, at: int, name: str, source: str, kill_at: int | None, left: bool) -> None:
-        if name != source:
-            self._create(at, name, source, "qcow2", kill_at, left=left)
-
-    def _create(self, at: int, name: str, source: str, image_format: str, kill_at: int | None, *, left: bool) -> None:
-        self._settle(name, source)
-        request = csi.CreateVolumeRequest(
-            name=name, volume_capabilities=[block_capability()], parameters={"volumeFormat": image_format}
-        )
-        if source.startswith("s"):
-            request.volume_content_source.snapshot.snapshot_id = self.kit.snapshot_id(source)
-        elif source:
-            request.volume_content_source.volume.volume_id = self.kit.volume_id(source)
-        else:
-            request.capacity_range.required_bytes = SIZE_BYTES
-        if kill_at and left and name not in self.model.disks:
-            self._leave(at, "CreateVolume", request, name, kill_at)
+    @step(
+        10,
+        at=AT,
+        name=VOLUMES,
+        source=one_of(VOLUMES, SNAPSHOTS, IMAGES),
+        image_format=FORMATS,
+        clone_mode=CLONE_MODES,
+        on_delete=ON_DELETE,
+        kill=KILL_COPY,
+        left=one_of(False, True),
+    )
+    def create_from(
+        self,
+        at: int,
+        name: str,
+        source: str,
+        image_format: str,
+        clone_mode: str,
+        on_delete: str,
+        kill: Kill,
+        left: bool,
+    ) -> None:
+        if name == source:
             return
-        known = self.model.disks.get(name)
-        base = self.model.disks.get(source) if source else Disk(SIZE_BYTES, {})
+        self._settle_but_copies(name)
+        self._settle(source)
+        image_format = image_format if clone_mode == "copy" else "qcow2"
+        self._create(at, name, Wish(source, image_format, clone_mode, on_delete), kill, left=left)
+
+    def _settle_but_copies(self, name: str) -> None:
+        if name not in self.model.copying:
+            self._settle(name)
+
+    def _volume_request(self, name: str, wish: Wish) -> csi.CreateVolumeRequest:
+        parameters = {"volumeFormat": wish.image_format, "cloneMode": wish.clone_mode, "onDelete": wish.on_delete}
+        request = csi.CreateVolumeRequest(name=name, volume_capabilities=[block_capability()], parameters=parameters)
+        match wish.source[:1]:
+            case "s":
+                request.volume_content_source.snapshot.snapshot_id = self._id(wish.source)
+            case "v":
+                request.volume_content_source.volume.volume_id = self._id(wish.source)
+            case "i":
+                request.parameters["sourceImage"] = wish.source
+            case _:
+                request.capacity_range.required_bytes = SIZE_BYTES
+        return request
+
+    def _create(self, at: int, name: str, wish: Wish, kill: Kill = None, *, left: bool = False) -> None:
+        request = self._volume_request(name, wish)
+        known = self.model.disks.get(name) or self.model.copying.get(name)
+        if kill is not None and left and not known:
+            self._leave(at, "CreateVolume", request, name, kill)
+            return
+        base = self.model.disks.get(wish.source) if wish.source else Disk(SIZE_BYTES, {})
         try:
-            made = self._call(at, "CreateVolume", request, kill_at=kill_at).volume
+            if left and kill is None:
+                made = self.servicers[at % self.controllers].call("CreateVolume", request).volume
+            else:
+                made = self._call(at, "CreateVolume", request, kill=kill).volume
         except AlreadyExists:
             assert known
-            assert (known.source, known.image_format) != (source, image_format)
+            assert known.wish != wish
         except NotFound:
             assert known is None
             assert base is None
@@ -221,42 +257,80 @@ class Histories(RuleBasedStateMachine):
             assert known is None
             assert base
             assert base.is_attached
+        except (Busy, Unavailable):
+            assert left
+            self._answered_busy(name, base.copy(wish) if base else None)
         else:
             if known is None:
                 assert base
-                assert not base.is_attached
-                known = self.model.disks[name] = base.copy(source=source, image_format=image_format)
-            assert (known.source, known.image_format) == (source, image_format)
+                assert not base.is_attached or wish.source[0] != "v"
+                known = base.copy(wish)
+            self.model.copying.pop(name, None)
+            self.model.disks[name] = known
+            assert known.wish == wish
             assert made.capacity_bytes == known.size_bytes
 
-    @rule(at=AT, name=st.one_of(VOLUMES, SNAPSHOTS), kill_at=KILL_AT, left=LEFT)
-    def delete(self, at: int, name: str, kill_at: int | None, left: bool) -> None:
-        self.model.unknown.discard(name)
+    def _answered_busy(self, name: str, promised: Disk | None) -> None:
+        """A call is not made again: its copy goes on if the source is pinned, else there is nothing to rely on."""
+        if name in self.model.disks or name in self.model.copying:
+            return
+        found = self.kit.store.find_volume(self._id(name))
+        if found and promised and (found.pinned or not found.unfinished):
+            self.tally.left += 1
+            self.model.copying[name] = promised
+        else:
+            self.model.unknown.add(name)
+
+    @step(8, at=AT, name=one_of(VOLUMES, VOLUMES, SNAPSHOTS, SNAPSHOTS, IMAGES), kill=KILL_AT, left=LEFT)
+    def delete(self, at: int, name: str, kill: Kill, left: bool) -> None:
+        self._settle_restore(name)
         known = self.model.disks.get(name)
-        if kill_at and left and not (known and known.is_attached):
-            method = "DeleteSnapshot" if name.startswith("s") else "DeleteVolume"
-            ids = {"snapshot_id": self.kit.snapshot_id(name)} if name.startswith("s") else {}
-            ids = ids or {"volume_id": self.kit.volume_id(name)}
-            self._leave(at, method, getattr(csi, f"{method}Request")(**ids), name, kill_at)
+        is_kept = known and known.wish.on_delete != "delete"
+        entry_id = records.trash_id(self._record(name)) if is_kept else ""
+        if kill is not None and left and not (known and known.is_attached):
+            self._leave(at, *self._deletion(name), name, kill)
+            if known and is_kept:
+                self.model.moving[name] = (entry_id, Kept(name, known))
             return
         try:
-            self._delete(at, name, kill_at)
+            self._delete(at, name, kill)
         except Refused:
             assert known
             assert known.is_attached
         else:
             assert not (known and known.is_attached)
+            self._settled(name)
+            self.model.copying.pop(name, None)
             self.model.disks.pop(name, None)
+            if known and is_kept:
+                self.model.trash[entry_id] = Kept(name, known)
 
-    @rule(at=AT, name=VOLUMES, kill_at=KILL_AT)
-    def expand(self, at: int, name: str, kill_at: int | None) -> None:
+    def _deletion(self, name: str) -> tuple[str, Any]:
+        match name[0]:
+            case "v":
+                return "DeleteVolume", csi.DeleteVolumeRequest(volume_id=self._id(name))
+            case "s":
+                return "DeleteSnapshot", csi.DeleteSnapshotRequest(snapshot_id=self._id(name))
+            case _:
+                return REMOVE_IMAGE, [name]
+
+    def _delete(self, at: int, name: str, kill: Kill = None) -> None:
+        """Delete something; no image of this name is an error unless a killed command may have removed it."""
+        try:
+            self._call(at, *self._deletion(name), kill=kill)
+        except NotFound:
+            assert name[0] == "i"
+            assert kill is not None or name not in self.model.disks
+
+    @step(1, at=AT, name=VOLUMES, kill=KILL_AT)
+    def expand(self, at: int, name: str, kill: Kill) -> None:
         self._settle(name)
         known = self.model.disks.get(name)
         wanted = min(2 * known.size_bytes, MAXIMUM_BYTES) if known else SIZE_BYTES
-        request = csi.ControllerExpandVolumeRequest(volume_id=self.kit.volume_id(name))
+        request = csi.ControllerExpandVolumeRequest(volume_id=self._id(name))
         request.capacity_range.required_bytes = wanted
         try:
-            grown = self._call(at, "ControllerExpandVolume", request, kill_at=kill_at)
+            grown = self._call(at, "ControllerExpandVolume", request, kill=kill)
         except NotFound:
             assert known is None
         else:
@@ -264,44 +338,49 @@ class Histories(RuleBasedStateMachine):
             known.size_bytes = wanted
             assert grown.capacity_bytes == wanted
 
-    @rule(at=AT, name=VOLUMES, kill_at=KILL_AT)
-    def attach(self, at: int, name: str, kill_at: int | None) -> None:
+    @step(1, at=AT, name=VOLUMES, kill=KILL_AT)
+    def attach(self, at: int, name: str, kill: Kill) -> None:
         self._settle(name)
         known = self.model.disks.get(name)
         request = csi.ControllerPublishVolumeRequest(
-            volume_id=self.kit.volume_id(name), node_id=NODE, volume_capability=block_capability()
+            volume_id=self._id(name), node_id=NODE, volume_capability=block_capability()
         )
         try:
-            self._call(at, "ControllerPublishVolume", request, kill_at=kill_at)
+            self._call(at, "ControllerPublishVolume", request, kill=kill)
         except NotFound:
             assert known is None
         else:
             assert known
             known.is_attached = True
 
-    @rule(at=AT, name=VOLUMES, kill_at=KILL_AT)
-    def detach(self, at: int, name: str, kill_at: int | None) -> None:
+    @step(3, at=AT, name=VOLUMES, kill=KILL_AT)
+    def detach(self, at: int, name: str, kill: Kill) -> None:
         self._settle(name)
-        request = csi.ControllerUnpublishVolumeRequest(volume_id=self.kit.volume_id(name), node_id=NODE)
-        self._call(at, "ControllerUnpublishVolume", request, kill_at=kill_at)
+        request = csi.ControllerUnpublishVolumeRequest(volume_id=self._id(name), node_id=NODE)
+        self._call(at, "ControllerUnpublishVolume", request, kill=kill)
         if known := self.model.disks.get(name):
             known.is_attached = False
 
-    # --- snapshots ---------------------------------------------------------------------------------------------
+    # --- snapshots and images -----------------------------------------------------------------------------------
 
-    @rule(at=AT, name=SNAPSHOTS, volume=VOLUMES, kill_at=KILL_AT, left=LEFT)
-    def snapshot(self, at: int, name: str, volume: str, kill_at: int | None, left: bool) -> None:
+    @step(7, at=AT, name=SNAPSHOTS, volume=VOLUMES, on_delete=ON_DELETE, kill=KILL_AT, left=LEFT)
+    def snapshot(self, at: int, name: str, volume: str, on_delete: str, kill: Kill, left: bool) -> None:
         self._settle(name, volume)
-        request = csi.CreateSnapshotRequest(name=name, source_volume_id=self.kit.volume_id(volume))
-        if kill_at and left and name not in self.model.disks:
-            self._leave(at, "CreateSnapshot", request, name, kill_at)
+        self._snapshot(at, name, Wish(volume, on_delete=on_delete), kill, left=left)
+
+    def _snapshot(self, at: int, name: str, wish: Wish, kill: Kill = None, *, left: bool = False) -> None:
+        request = csi.CreateSnapshotRequest(
+            name=name, source_volume_id=self._id(wish.source), parameters={"onDelete": wish.on_delete}
+        )
+        if kill is not None and left and name not in self.model.disks:
+            self._leave(at, "CreateSnapshot", request, name, kill)
             return
-        known, base = self.model.disks.get(name), self.model.disks.get(volume)
+        known, base = self.model.disks.get(name), self.model.disks.get(wish.source)
         try:
-            made = self._call(at, "CreateSnapshot", request, kill_at=kill_at).snapshot
+            made = self._call(at, "CreateSnapshot", request, kill=kill).snapshot
         except AlreadyExists:
             assert known
-            assert known.source != volume
+            assert known.wish != wish
         except NotFound:
             assert known is None
             assert base is None
@@ -313,102 +392,208 @@ class Histories(RuleBasedStateMachine):
             if known is None:
                 assert base
                 assert not base.is_attached
-                known = self.model.disks[name] = base.copy(source=volume)
-            assert (known.source, made.size_bytes) == (volume, known.size_bytes)
+                known = self.model.disks[name] = base.copy(wish)
+            assert (known.wish, made.size_bytes) == (wish, known.size_bytes)
             assert made.ready_to_use
+
+    @step(2, at=AT, name=IMAGES, file=between(0, len(FILES) - 1), kill=KILL_COPY, left=LEFT)
+    def import_image(self, at: int, name: str, file: int, kill: Kill, left: bool) -> None:
+        self._settle(name)
+        request = [name, str(self._file(file))]
+        is_known = name in self.model.disks
+        if kill is not None and left and not is_known:
+            self._leave(at, IMPORT, request, name, kill)
+            return
+        try:
+            self._call(at, IMPORT, request, kill=kill)
+        except AlreadyExists:
+            assert is_known or kill is not None
+        else:
+            assert not is_known
+        if not is_known:
+            self.model.disks[name] = Disk(SIZE_BYTES, dict(FILES[file]))
+
+    def _file(self, number: int) -> Path:
+        """Give a raw file, made when it is used for the first time."""
+        path = self.base / f"file-{number}"
+        if not path.exists():
+            with path.open("wb") as file:
+                file.truncate(SIZE_BYTES)
+                for block, byte in FILES[number].items():
+                    file.seek(block * BLOCK_BYTES)
+                    file.write(bytes([byte]) * BLOCK_BYTES)
+        return path
+
+    # --- the trash ---------------------------------------------------------------------------------------------
+
+    @step(6, when=lambda self: self.model.trash, at=AT, choice=CHOICE, number=between(0, 3), kill=KILL_AT, left=LEFT)
+    def restore(self, at: int, choice: int, number: int, kill: Kill, left: bool) -> None:
+        """Restore what is in the trash, under a name of the same kind or (0) its own."""
+        entry_id = sorted(self.model.trash)[choice % len(self.model.trash)]
+        kept = self.model.trash[entry_id]
+        name = f"{kept.name[0]}{number}" if number else kept.name
+        self._settle(name)
+        request = [entry_id, name if number else ""]
+        is_taken = name in self.model.disks
+        if kill is not None and left and not is_taken:
+            self._leave(at, RESTORE, request, name, kill)
+            self.model.restoring[name] = (entry_id, self.model.trash.pop(entry_id))
+            return
+        try:
+            self._call(at, RESTORE, request, kill=kill)
+        except AlreadyExists:
+            assert is_taken
+        else:
+            assert not is_taken
+            self._restored(entry_id, name, kept)
+
+    def _restored(self, entry_id: str, name: str, kept: Kept) -> None:
+        self.model.trash.pop(entry_id, None)
+        self.model.gone.add(entry_id)
+        self.model.unknown.discard(name)
+        self.model.disks[name] = kept.disk
+
+    @step(3, when=lambda self: self.model.restoring, at=AT, choice=CHOICE, number=between(1, 3))
+    def restore_otherwise(self, at: int, choice: int, number: int) -> None:
+        """Restore under another name what a killed command was to restore: that may have come to its end."""
+        before = sorted(self.model.restoring)[choice % len(self.model.restoring)]
+        name = f"{before[0]}{number}"
+        if name == before:
+            return
+        self._settle(name)
+        entry_id, kept = self.model.restoring.pop(before)
+        self.model.unknown.discard(before)
+        try:
+            self._call(at, RESTORE, [entry_id, name])
+        except NotFound:
+            self._restored(entry_id, before, kept)
+        except AlreadyExists:
+            assert name in self.model.disks
+            self.model.trash[entry_id] = kept
+        else:
+            assert name not in self.model.disks
+            self._restored(entry_id, name, kept)
+
+    @step(3, when=lambda self: self.model.trash, at=AT, choice=CHOICE, kill=KILL_AT, left=LEFT)
+    def purge(self, at: int, choice: int, kill: Kill, left: bool) -> None:
+        entry_id = sorted(self.model.trash)[choice % len(self.model.trash)]
+        del self.model.trash[entry_id]
+        if kill is not None and left:
+            self._kill(at, as_line(PURGE, [entry_id]), kill)
+            return
+        try:
+            self._call(at, PURGE, [entry_id], kill=kill)
+        except NotFound:
+            assert kill is not None
+        self.model.gone.add(entry_id)
+
+    @step(1, at=AT, kill=KILL_AT)
+    def let_time_pass(self, at: int, kill: Kill) -> None:
+        """What is kept for a time is purged by the collector; what is retained, or restored before, is not."""
+        for name in list(self.model.restoring):
+            self._settle(name)
+        self.model.forget_expired()
+        self.tally.calls[COLLECT_LATER] += 1
+        if kill is not None:
+            self._kill(at, as_line(COLLECT_LATER), kill)
+            return
+        with suppress(Busy):  # as in `collect`
+            self.servicers[at % self.controllers].collect_later()
+            left = map(self.kit.store.find_trashed, self.kit.store.trash_ids())
+            assert not [entry for entry in left if entry and trash.is_expired(entry, records.now() + LATER)]
 
     # --- contents, and what goes on beside the calls ------------------------------------------------------------
 
-    @precondition(lambda self: self.model.names("v"))
-    @rule(choice=st.integers(0, 2), slot=st.sampled_from([*SLOTS, -1]))
+    @step(5, when=lambda self: self.model.names("v"), choice=CHOICE, slot=one_of(*SLOTS, -1))
     def write(self, choice: int, slot: int) -> None:
         """What a pod does, on the explicit chain of the records; the node has given the image the volume's size."""
-        TALLY.steps += 1
+        self.tally.calls["write"] += 1
         names = self.model.names("v")
         name = names[choice % len(names)]
         disk = self.model.disks[name]
         block = disk.size_bytes // BLOCK_BYTES - 1 if slot < 0 else slot
         self.kit.grow_image(name)
         self.model.writes += 1
-        disk.blocks[block] = self.model.writes % 255 + 1
+        disk.blocks[block] = self.model.writes % 200 + 1
         self.kit.write(name, disk.blocks[block], block=block)
 
-    @precondition(lambda self: self.model.disks)
-    @rule(choice=st.integers(0, 5))
+    @step(2, when=lambda self: self.model.disks, choice=CHOICE)
     def compare(self, choice: int) -> None:
         names = sorted(self.model.disks)
         self._compare(names[choice % len(names)])
 
     def _compare(self, name: str) -> None:
-        disk, store = self.model.disks[name], self.kit.store
-        if name.startswith("s"):
-            record: Any = store.snapshot(self.kit.snapshot_id(name))
-            layer_id = record.layer
-        else:
-            record = store.volume(self.kit.volume_id(name))
-            layer_id = record.head
+        disk, record = self.model.disks[name], self._record(name)
+        if name.startswith("v"):
             assert bool(record.attachments) == disk.is_attached
         assert record.size_bytes == disk.size_bytes, name
+        layer_id = record.head if name.startswith("v") else record.layer
         assert shows(self.kit, layer_id, disk.blocks), f"{name} does not hold {disk.blocks}"
 
-    @rule(at=AT)
+    def _compare_all(self) -> None:
+        for name in self.model.disks:
+            self._compare(name)
+        for entry_id, kept in self.model.trash.items():
+            entry = self.kit.store.find_trashed(entry_id)
+            assert entry, f"{entry_id} is not in the trash"
+            assert shows(self.kit, records.layer_of(entry), kept.disk.blocks), f"{entry_id} is not {kept.disk.blocks}"
+
+    @step(1, at=AT)
     def list_all(self, at: int) -> None:
-        """Both lists hold what the model knows, and at most what is unknown besides."""
+        """The lists hold what the model knows, and at most what is unknown besides."""
         volumes = self._call(at, "ListVolumes", csi.ListVolumesRequest()).entries
         snapshots = self._call(at, "ListSnapshots", csi.ListSnapshotsRequest()).entries
         found = {entry.volume.volume_id for entry in volumes} | {entry.snapshot.snapshot_id for entry in snapshots}
+        found |= {image.id for image in golden.list_images(self.servicers[at % self.controllers].store)}
         known = {self._id(name) for name in self.model.disks}
-        assert known <= found <= known | {self._id(name) for name in self.model.unknown}
+        assert known <= found <= known | {self._id(name) for name in (*self.model.unknown, *self.model.copying)}
+        kept = set(self.kit.store.trash_ids())
+        assert set(self.model.trash) <= kept
+        assert not kept & self.model.gone
 
-    def _id(self, name: str) -> str:
-        return self.kit.snapshot_id(name) if name.startswith("s") else self.kit.volume_id(name)
-
-    @rule(at=AT, kill_at=KILL_AT, after_s=st.one_of(st.none(), st.floats(0, 0.3)))
+    @step(2, at=AT, kill_at=KILL_AT, after_s=one_of(None, fraction(0.3)))
     def collect(self, at: int, kill_at: int | None, after_s: float | None) -> None:
         """Collect and merge; a collector that is killed is followed by nothing: what it leaves stays as it is."""
-        TALLY.steps += 1
+        self.tally.calls[COLLECT] += 1
         if kill_at or after_s is not None:
-            self._kill(at, as_line(COLLECT), kill_at=kill_at or 0, after_s=after_s)
+            self._kill(at, as_line(COLLECT), kill_at if after_s is None else after_s)
             wait_for_the_daemons_end(self.kit)
             return
         with suppress(Busy):  # the lease of a process whose locks do not reach here
             self.servicers[at % self.controllers].collect()
 
-    @rule(at=AT)
-    def restart(self, at: int) -> None:
-        """A new controller process takes over."""
+    @step(1, at=AT, resumes=one_of(True, False))
+    def restart(self, at: int, resumes: bool) -> None:
+        """A new controller process takes over. Copies begin again at its first look at all, or when asked for."""
         at %= self.controllers
         self.servicers[at].close()
-        self.servicers[at] = Servicer(str(self.roots[at]))
+        self.servicers[at] = self._servicer(at)
         self.kit = self.servicers[0].kit
+        if resumes:
+            self.servicers[at].resume_copies()
 
     # --- the end -----------------------------------------------------------------------------------------------
 
-    def teardown(self) -> None:
-        if not hasattr(self, "base"):
-            return
-        try:
-            self._check_the_end()
-        finally:
-            for servicer in self.servicers:
-                servicer.close()
-            for mounted in (self.base / "second" / "lock", self.base / "second"):
-                if self.controllers == 2:
-                    subprocess.run(["umount", "-l", str(mounted)], check=False, timeout=20)
-            shutil.rmtree(self.base)
+    def clear_away(self) -> None:
+        for servicer in self.servicers:
+            servicer.close()
+        for mounted in (self.base / "second" / "lock", self.base / "second"):
+            if self.controllers == 2:
+                subprocess.run(["umount", "-l", str(mounted)], check=False, timeout=20)
+        shutil.rmtree(self.base)
 
-    def _check_the_end(self) -> None:
+    def check_the_end(self) -> None:
         kit = self.kit
-        self._settle(*self.model.unknown)
+        self._settle(*self.model.restoring, *self.model.unknown, *self.model.copying)
+        for servicer in self.servicers:
+            servicer.stop_copies()  # of caches, which go on without anybody who wants them
         kit.sweep_until_quiet()
         # QEMU leaves clusters unused that a merge has moved twice
         assert [finding for finding in kit.check() if finding.kind != "leaked-clusters"] == []
         kit.consistency()
-        for name in self.model.disks:
-            self._compare(name)
+        self._compare_all()
         self._merge_until_quiet()
-        for name in self.model.disks:
-            self._compare(name)
+        self._compare_all()
         assert kit.errors() == []
         kit.delete_everything()
         self._merge_until_quiet()
@@ -440,18 +625,6 @@ def _mount(*arguments: str | Path) -> None:
     subprocess.run(["mount", *map(str, arguments)], check=True, timeout=20)
 
 
-SETTINGS = settings(
-    max_examples=HISTORIES,
-    stateful_step_count=STEPS,
-    deadline=None,
-    database=None,
-    # a history is not made shorter by leaving calls out: what is killed at step 7 is something else then
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
-
-
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
     made = Runner()
@@ -462,27 +635,35 @@ def runner() -> Iterator[Runner]:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("machine", [Histories, pytest.param(TwoControllers, marks=pytest.mark.root)])
 def test_random_histories(machine: type[Histories], runner: Runner, impatient: None) -> None:
-    machine.runner = runner
-    before = Tally(**vars(TALLY))
-    print(f"seed {SEED}")
-    run_state_machine_as_test(seed(SEED)(machine), settings=SETTINGS)
-    done = {key: value - getattr(before, key) for key, value in vars(TALLY).items()}
-    print(f"{machine.__name__}: {done}, seed {SEED}")
-    assert done["histories"] >= HISTORIES
-    assert done["kills"]
+    tally = Tally()
+    for number in range(HISTORIES):
+        with made(machine(runner, tally)) as history:
+            run_history(history, SEED + number * FURTHER, STEPS, history.check_the_end)
+    print(f"{machine.__name__}: {tally}, seed {SEED}")
+    assert tally.kills
 
 
-def written_and_snapshotted(machine: Histories) -> None:
-    """A history that shows what a wrong engine does."""
-    plain: dict[str, Any] = {"at": 0, "kill_at": None, "left": False}
-    machine.create(name="v1", image_format="qcow2", **plain)
-    machine.write(choice=0, slot=0)
-    machine.snapshot(name="s1", volume="v1", **plain)
-    machine.write(choice=0, slot=1)
-    machine.snapshot(name="s2", volume="v1", **plain)
-    machine.write(choice=0, slot=0)
-    machine.create_from(name="v2", source="s2", **plain)
-    machine.delete(name="s1", **plain)
+@contextmanager
+def made(history: Histories) -> Iterator[Histories]:
+    """Clear a history's pool away at the end."""
+    try:
+        yield history
+    finally:
+        history.clear_away()
+
+
+def written_and_deleted(history: Histories) -> None:
+    """A history that shows what a wrong engine does; before it are a volume v1 and its snapshot s1, to be kept."""
+    plain: dict[str, Any] = {"at": 0, "kill": None, "left": False, "on_delete": "delete"}
+    history.write(choice=0, slot=1)
+    history.snapshot(name="s2", volume="v1", **plain)
+    history.write(choice=0, slot=0)
+    history.create_from(name="v2", source="s2", image_format="qcow2", clone_mode="overlay", **plain)
+    history.create_from(name="v3", source="s2", image_format="raw", clone_mode="copy", **{**plain, "left": True})
+    for name in ("s2", "v2", "s1"):
+        history.delete(at=0, name=name, kill=None, left=False)
+    history.restart(at=0, resumes=False)
+    history.collect(at=0, kill_at=None, after_s=None)
 
 
 def forget_writes(patch: pytest.MonkeyPatch) -> None:
@@ -490,21 +671,27 @@ def forget_writes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(images, "is_untouched", lambda *_: True)
 
 
-@pytest.mark.parametrize("wrong", [None, forget_writes])
+def hold_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Nothing keeps what a copy is made from."""
+    right = Store.mark
+    patch.setattr(Store, "mark", lambda *given: None if given[-1].startswith("c-") else right(*given))
+
+
+def keep_nothing(patch: pytest.MonkeyPatch) -> None:
+    """What is deleted is gone, whatever its class says."""
+    patch.setattr(trash, "decide", lambda _: None)
+
+
+@pytest.mark.parametrize("wrong", [None, forget_writes, hold_nothing, keep_nothing])
 def test_wrong_engine_would_be_noticed(
     wrong: Callable[[pytest.MonkeyPatch], None] | None, runner: Runner, impatient: None
 ) -> None:
-    machine = Histories()
-    machine.runner = runner
-    machine.make_pool()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, made(Histories(runner, Tally())) as history:
         if wrong:
             wrong(patch)
 
         def whole() -> None:
-            try:
-                written_and_snapshotted(machine)
-            finally:
-                machine.teardown()
+            written_and_deleted(history)
+            history.check_the_end()
 
         assert is_noticed(whole) == bool(wrong)
