@@ -345,7 +345,8 @@ def _loops_below(base: Path) -> list[str]:
 
     A device whose daemon was killed is found by the note alone: its file has no path any more.
     """
-    noted = {loop.tag_of(TAG_PREFIX, path.stem) for path in base.glob("*/staged/*.json")}
+    # only the state directories of the nodes are looked into: a pool beside them may hang or be dead
+    noted = {loop.tag_of(TAG_PREFIX, path.stem) for path in base.glob("state*/staged/*.json")}
     found = {device.path for device in loop.scan(f"{TAG_PREFIX}:") if device.tag in noted}
     for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):
