@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from csi_quobyte.pool.sizes import human
 from csi_quobyte.pool.store import Store
 
 _NAME_BYTES = 128
+_PAUSE_S = 0.1
 _ENDINGS: dict[str, ForeignFormat] = {".qcow2": "qcow2", ".raw": "raw"}
 
 
@@ -84,7 +86,7 @@ def import_(
         name=name,
         format=chosen,
         path=file,
-        read=(lambda length: os.read(sys.stdin.fileno(), length)) if file == "-" else None,
+        read=_read_stdin if file == "-" else None,
     )
     tools = find_tools(qemu_dir)
     with opened(pool_name, pool, require_mount) as store, progress.shown(f"import of {name}") as watch:
@@ -93,6 +95,12 @@ def import_(
         click.echo(f"image {name} of pool {pool_name}: {human(made.size_bytes)}")
     else:
         progress.print_event("done", id=made.id, name=name, size_bytes=made.size_bytes, layer=made.layer)
+
+
+def _read_stdin(length: int) -> bytes | None:
+    """Read what has come; None if nothing does for a moment, so that a stream that has stopped can be given up."""
+    ready, _, _ = select.select([sys.stdin], [], [], _PAUSE_S)
+    return os.read(sys.stdin.fileno(), length) if ready else None
 
 
 @image.command()

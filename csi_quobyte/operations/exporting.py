@@ -54,7 +54,7 @@ class ExportRequest:
 def export(store: Store, tools: QemuTools, request: ExportRequest, watch: jobs.Watch) -> int:
     """Write the image file; durable under its name on return, with mode 0600. Gives its virtual size in bytes.
 
-    After an error, or Ctrl-C, nothing is left and an existing file is as it was. After SIGKILL the collector frees what
+    After an error nothing is left and an existing file is as it was. After SIGKILL the collector frees what
     was held, and the next export to the same file removes the unfinished one.
 
     Raises:
@@ -84,6 +84,8 @@ def export(store: Store, tools: QemuTools, request: ExportRequest, watch: jobs.W
                 watch=hold.watched(watch),
                 bypass_cache=False,  # not every file system that may be there can do it
             )
+            if watch(jobs.Progress(size_bytes, size_bytes)) == "stop":
+                raise jobs.Stopped("stopped before the file got its name")
             hold.confirm()
             _publish(partial, target, may_replace=request.replace)
         return size_bytes

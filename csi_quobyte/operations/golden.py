@@ -34,8 +34,8 @@ _EXTENDED_L2 = 1 << 4
 _READ_FEATURES = _COMPRESSION_TYPE | _EXTENDED_L2
 """Incompatible features of qcow2 that only concern how the image is laid out."""
 
-# Gives what is read next, empty at the end.
-Read = Callable[[int], bytes]
+# Gives what is read next: empty at the end, None if nothing has come for a moment.
+Read = Callable[[int], bytes | None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ImportRequest:
 
 
 def import_image(store: Store, tools: QemuTools, request: ImportRequest, watch: jobs.Watch) -> ImageRecord:
-    """Make a golden image of a file; durable and ready on return. After an error, or Ctrl-C, nothing is left.
+    """Make a golden image of a file; durable and ready on return. After an error nothing is left.
 
     Raises:
         AlreadyExists: there is an image of this name.
@@ -60,7 +60,10 @@ def import_image(store: Store, tools: QemuTools, request: ImportRequest, watch: 
     """
     image_id = records.image_id(store.prefix, request.name)
     _check_free(store, image_id, request.name)
-    with holding(store, f"import of image {request.name!r}") as hold, _source(store, request) as path:
+    with (
+        holding(store, f"import of image {request.name!r}") as hold,
+        _source(store, request, hold.watched(watch)) as path,
+    ):
         size_bytes = _judged_size_bytes(tools, path, request.format)
         made = store.write_image(images.blank("qcow2", size_bytes=size_bytes, preallocation="off"))
         try:
@@ -87,7 +90,7 @@ def _make_free(store: Store, image_id: str, name: str) -> None:
 
 
 @contextmanager
-def _source(store: Store, request: ImportRequest) -> Iterator[str]:
+def _source(store: Store, request: ImportRequest, watch: jobs.Watch) -> Iterator[str]:
     """Give the path of the file to be imported; a stream is written into a temporary file of the pool first."""
     if request.read is None:
         yield _checked_path(request.path)
@@ -96,7 +99,7 @@ def _source(store: Store, request: ImportRequest) -> Iterator[str]:
     spooled = store.write_image(lambda _: None)
     try:
         with translated(spooled), open(spooled, "r+b", buffering=0) as file:  # noqa: PTH123
-            _spool(file.fileno(), read)
+            _spool(file.fileno(), read, watch)
         yield spooled
     finally:
         store.discard_temporary(spooled)
@@ -119,11 +122,15 @@ def _checked_path(path: str) -> str:
     return os.path.abspath(path)
 
 
-def _spool(fd: int, read: Read) -> None:
-    """Write a stream into a file, with holes for what is zero."""
+def _spool(fd: int, read: Read, watch: jobs.Watch) -> None:
+    """Write a stream, whose length nobody knows, into a file, with holes for what is zero."""
     length_bytes = 0
     zeros = bytes(_BLOCK_BYTES)
-    while block := read(_BLOCK_BYTES):
+    while (block := read(_BLOCK_BYTES)) != b"":
+        if watch(jobs.Progress(length_bytes, 0)) == "stop":
+            raise jobs.Stopped(f"stopped after {length_bytes} bytes of the stream")
+        if block is None:
+            continue
         if block != zeros[: len(block)]:
             write_all(fd, block, length_bytes)
         length_bytes += len(block)
@@ -192,7 +199,7 @@ def _publish(store: Store, image_id: str, name: str, made: str, size_bytes: int)
     try:
         store.make_layer(layer, image_marker(image), made)
         return store.swap(image, replace(image, state=ImageState.READY, unfinished=False))
-    except (DriverError, KeyboardInterrupt):
+    except DriverError:
         current = store.find_image(image_id)
         if current and current.uid == image.uid:
             with removal.undoing():

@@ -31,6 +31,7 @@ from csi_quobyte.operations.exporting import ExportRequest
 from csi_quobyte.pool.sizes import MIB, SizeRange
 from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store
+from lab.machine import wait_for
 
 DEADLINE_S = 60.0
 CLUSTER_BYTES = 64 * 1024
@@ -374,8 +375,8 @@ def test_two_exports_of_one_volume_at_once(written: Kit, out: Path) -> None:
 # --- what ends it ----------------------------------------------------------------------------------------------
 
 
-def argv(kit: Kit, *arguments: str | Path) -> list[str]:
-    pool = ["--pool", f"main={kit.store.root}", "--require-mount", "any", "--qemu-dir", QEMU_DIR]
+def argv(kit: Kit, *arguments: str | Path, qemu_dir: str | Path = QEMU_DIR) -> list[str]:
+    pool = ["--pool", f"main={kit.store.root}", "--require-mount", "any", "--qemu-dir", str(qemu_dir)]
     return [sys.executable, "-m", "csi_quobyte", "export", *map(str, arguments), *pool]
 
 
@@ -447,6 +448,30 @@ def test_command_that_is_interrupted_leaves_nothing(written: Kit, out: Path, num
     else:
         assert os.listdir(out) == []
     assert list(written.store.snapshot_ids()) == snapshots
+    assert is_left_clean(written)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_interrupted_while_a_child_makes_the_file_leaves_nothing(
+    written: Kit, out: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The child must not make it, or make it again, after it was taken away."""
+    slow, begun = tmp_path / "qemu", tmp_path / "begun"
+    slow.mkdir()
+    for one in os.listdir(QEMU_DIR):
+        (slow / one).symlink_to(f"{QEMU_DIR}/{one}")
+    (slow / "qemu-img").unlink()
+    script = f"""#!/bin/sh
+        case "$1 $*" in create*.partial*) touch {begun}; sleep 1 ;; esac
+        exec {QEMU_DIR}/qemu-img "$@"
+    """
+    (slow / "qemu-img").write_text(script)
+    (slow / "qemu-img").chmod(0o755)
+    process = subprocess.Popen(argv(written, "v", out / "file.raw", qemu_dir=slow), stdout=subprocess.DEVNULL)
+    wait_for("the child", lambda: begun.exists() or None)
+    process.send_signal(number)
+    assert process.wait(timeout=DEADLINE_S) == 1
+    assert os.listdir(out) == []
     assert is_left_clean(written)
 
 
