@@ -218,7 +218,13 @@ class Steps:
                 os.unlink(path)
             except FileNotFoundError:
                 return False
-            self.sync(os.path.dirname(path))
+            directory = os.path.dirname(path)
+            try:
+                self._sync(directory)
+            except FileNotFoundError:
+                # It had become empty, and somebody has removed it (a layer that lost its last marker): that it is gone
+                # says the same.
+                self.sync(os.path.dirname(directory))
             return True
 
     # --- directories and markers -------------------------------------------------------------------------------
@@ -293,13 +299,27 @@ class Steps:
                     raise error
 
     def sync(self, directory: str) -> None:
-        """Make the names in a directory durable."""
-        with translated(directory):
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        """Make the names in a directory durable.
+
+        Raises:
+            Unavailable: they may not be. Also without space: they are there, for everybody, so that nothing final may
+                be said; to do it again is right.
+        """
+        try:
+            self._sync(directory)
+        except FileNotFoundError as error:
+            raise Unavailable(f"{directory} is gone: is the pool still mounted?") from error
+
+    def _sync(self, directory: str) -> None:
+        try:
+            with translated(directory):
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        except Exhausted as error:
+            raise Unavailable(f"what was done may not be durable yet: {error}") from error
 
 
 def _sync_one(path: str) -> OSError | None:

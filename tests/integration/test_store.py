@@ -291,6 +291,39 @@ def test_condemned_layer_can_never_be_referred_to(store: Store) -> None:
     assert store.markers(layer.id) is None
 
 
+def test_last_marker_is_taken_away_while_the_layer_is_condemned(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory goes between the removal of its last name and the fsync that makes that durable."""
+    layer = store.make_layer(layer_record(), MARKER, lambda _: None)
+    unlink = os.unlink
+
+    def unlink_and_condemn(path: str) -> None:
+        unlink(path)
+        monkeypatch.setattr(os, "unlink", unlink)
+        assert store.condemn(layer.id)
+
+    monkeypatch.setattr(os, "unlink", unlink_and_condemn)
+    store.unmark(layer.id, MARKER)
+    assert store.markers(layer.id) is None
+
+
+def test_what_is_done_and_cannot_be_made_durable_is_not_final(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A final error would make the sidecars forget what is there."""
+    layer = store.make_layer(layer_record(), MARKER, lambda _: None)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(Unavailable, match="durable"):
+            store.unmark(layer.id, MARKER)
+        with pytest.raises(Unavailable, match="durable"):
+            store.mark(layer.id, MARKER)
+        with pytest.raises(Unavailable, match="durable"):
+            store.settle(layer)
+    assert store.markers(layer.id) == [MARKER]
+
+
 def test_mark_and_unmark_done_before_are_success(store: Store) -> None:
     layer = whole_layer(store, MARKER)
     other = records.child_marker("b" * 24)
