@@ -268,36 +268,68 @@ def check_not_merging(store: Store, layer: LayerRecord) -> None:
 
 
 def freeze(
-    store: Store, volume: VolumeRecord, next_id: str, *, check_intent: Callable[[], None] = lambda: None
-) -> VolumeRecord:
+    store: Store,
+    volume: VolumeRecord,
+    next_id: str,
+    *,
+    check_intent: Callable[[], None] = lambda: None,
+    also: Sequence[str] = (),
+) -> list[str]:
     """Put the new overlay `next_id` on a detached volume's head, which is frozen by that; done before is success.
 
     The caller's intent record names `next_id`, and its own marker is in the old head. On return the old head is
     frozen; a crash in between is finished by calling again or by `finish_freeze`. `check_intent` raises Busy when the
-    intent record is no longer what the caller read.
+    intent record is no longer what the caller read. The files and directories `also` are made durable with the overlay.
+
+    Gives the directories that the caller makes durable before anything says that what the freeze is for is there: until
+    then a power cut may show the old head as one, which is finished like a crash.
 
     Raises:
         Refused: the volume is attached, or a storage daemon has its head open all the same.
         Unavailable: see `_check_closed`.
         Corrupt: its head is damaged; nothing was changed.
     """
-    if volume.head != next_id:
-        if volume.attachments:
-            raise Refused(f"volume {volume.id} is attached to node {volume.attachments[0].node}")
-        _check_closed(store, volume)
-        store.mark(volume.head, child_marker(next_id))
-        old = store.layer(volume.head)
-        check_not_merging(store, old)
-        images.check_chain(store, (old,))
-        store.check_not_written(old)
-        make_overlay(store, next_id, volume_marker(volume), parent=old, size_bytes=volume.size_bytes)
+    if volume.head == next_id:
+        if also:
+            store.make_durable(also)
+        finish_freeze(store, volume)
+        return []
+    if volume.attachments:
+        raise Refused(f"volume {volume.id} is attached to node {volume.attachments[0].node}")
+    _check_closed(store, volume)
+    store.mark(volume.head, child_marker(next_id), sync=False)
+    old = store.layer(volume.head)
+    check_not_merging(store, old)
+    images.check_chain(store, (old,))
+    store.check_not_written(old)
+    marker = volume_marker(volume)
+    # Written down now, so that all of it becomes durable at once; each comes true, by compare-and-set, in its turn.
+    with (
+        store.prepared(volume, replace(volume, head=next_id)) as moved,
+        store.prepared(old, _frozen(store, old)) as frozen,
+    ):
+        make_overlay(
+            store,
+            next_id,
+            marker,
+            parent=old,
+            size_bytes=volume.size_bytes,
+            also=[store.refs_path(old.id), moved.temporary, frozen.temporary, *also],
+        )
         # Whoever undoes the intent writes that down first, then writes the volume's record again, then removes the
         # overlay: with the intent read after the volume was, either it is seen here or the swap fails.
         check_intent()
         # die here: the new overlay is nobody's head yet; the intent's owner goes on or undoes it
-        volume = store.swap(volume, replace(volume, head=next_id))
-    finish_freeze(store, volume)
-    return volume
+        volume = store.commit(moved)
+        # die here, or between the next: `finish_freeze` goes on
+        store.commit(frozen, sync=False)
+    store.unmark(old.id, marker, sync=False)
+    return [store.directory_of(old), store.refs_path(old.id)]
+
+
+def _frozen(store: Store, head: LayerRecord) -> LayerRecord:
+    """Give the record of a head that nobody writes any more."""
+    return replace(head, state=LayerState.FROZEN, size_bytes=images.virtual_size_bytes(store, head))
 
 
 def finish_freeze(store: Store, volume: VolumeRecord) -> None:
@@ -307,7 +339,8 @@ def finish_freeze(store: Store, volume: VolumeRecord) -> None:
         return
     old = store.layer(head.parent)
     if old.state is LayerState.HEAD:
-        store.swap(old, replace(old, state=LayerState.FROZEN, size_bytes=images.virtual_size_bytes(store, old)))
+        store.settle(volume)  # a power cut must not make it the head again once it is frozen
+        store.swap(old, _frozen(store, old))
     store.unmark(old.id, volume_marker(volume))
 
 

@@ -1,8 +1,9 @@
 """Finishing what a delete has decided: takes a volume or snapshot in state `deleting` away, or undoes an intent.
 
-The decision is one swap of the record to `deleting`, which also says whether the object goes to the trash; everything
-here comes after it and can be repeated. It is used
-by the delete calls themselves, by a create that fails or finds an old object of its name, and by the collector.
+The decision is one step. Of an object that is ready and not kept in the trash it is the removal of its record: its
+markers mean nothing from then on. Of others it is a swap of the record to `deleting`, which also says whether the
+object goes to the trash; everything here comes after that and can be repeated. It is used by the delete calls
+themselves, by a create that fails or finds an old object of its name, and by the collector.
 """
 
 import logging
@@ -62,6 +63,13 @@ def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
     """
     if volume.attachments:
         raise Refused(f"volume {volume.id} is published to node {volume.attachments[0].node}")
+    if _is_plain(volume):
+        # The decision is the removal itself. What is left of it means nothing to anybody: the collector takes it.
+        store.remove(volume)
+        # die here, or after the next
+        store.unmark(volume.head, volume_marker(volume), sync=False)
+        store.remove_content(volume, sync=False)
+        return volume.head
     if volume.state is not VolumeState.DELETING:
         volume = store.swap(volume, replace(volume, state=VolumeState.DELETING, trash=trash.decide(volume)))
     trash.finish_restored(store, volume)
@@ -82,6 +90,12 @@ def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
     return released
 
 
+def _is_plain(record: VolumeRecord | SnapshotRecord) -> bool:
+    """Say whether nothing but markers and notes is to be taken back of what is deleted now: one step does it."""
+    is_ready = record.state in {VolumeState.READY, SnapshotState.READY} and not record.unfinished
+    return is_ready and record.restored_from is None and trash.decide(record) is None
+
+
 def _end_freeze(store: Store, volume: VolumeRecord) -> None:
     """Finish a freeze below the head of a volume that goes to the trash: what it was for is there to be finished, and
     must not be undone by taking that head away.
@@ -99,6 +113,14 @@ def remove_snapshot(store: Store, snapshot: SnapshotRecord) -> str:
 
     The caller holds the lock of the snapshot, and of the source volume if the snapshot never became ready.
     """
+    if _is_plain(snapshot):
+        store.remove(snapshot)
+        # die here, or between the next ones
+        if snapshot.cache:
+            store.unmark(snapshot.cache, snapshot_marker(snapshot), sync=False)
+            store.unmark(snapshot.layer, child_marker(snapshot.cache), sync=False)
+        store.unmark(snapshot.layer, snapshot_marker(snapshot), sync=False)
+        return snapshot.layer
     if snapshot.state is not SnapshotState.DELETING:
         snapshot = store.swap(snapshot, replace(snapshot, state=SnapshotState.DELETING, trash=trash.decide(snapshot)))
     trash.finish_restored(store, snapshot)

@@ -139,24 +139,36 @@ def _write_intent(store: Store, snapshot_id: str, request: SnapshotRequest) -> S
 
 def _finish(store: Store, snapshot: SnapshotRecord) -> SnapshotRecord:
     """Do what the intent says, as far as it is not done, and make the snapshot ready."""
-    store.mark(snapshot.layer, snapshot_marker(snapshot))
-    if snapshot.next and store.layer(snapshot.layer).state is LayerState.HEAD:
-        volume = layers.ready_volume(store, snapshot.source_volume)
-        if volume.head not in {snapshot.layer, snapshot.next}:
-            raise NotFound(f"volume {volume.id} was made anew meanwhile")
-        store.settle(snapshot)  # see volumes: before the volume's claim names an overlay that only this intent explains
-        layers.freeze(store, volume, snapshot.next, check_intent=lambda: _check_unchanged(store, snapshot))
-    layers.check_intent(
-        store,
-        snapshot.source_volume,
-        layer_id=snapshot.layer,
-        next_id=snapshot.next,
-        size_bytes=snapshot.size_bytes,
-        content=snapshot.content,
-    )
-    if store.layer(snapshot.layer).state is not LayerState.FROZEN:
-        raise Busy(f"the volume of snapshot {snapshot.id} is being changed")
-    return store.swap(snapshot, replace(snapshot, state=SnapshotState.READY, unfinished=False))
+    store.mark(snapshot.layer, snapshot_marker(snapshot), sync=False)
+    marked = store.refs_path(snapshot.layer)
+    with store.prepared(snapshot, replace(snapshot, state=SnapshotState.READY, unfinished=False)) as ready:
+        if snapshot.next and store.layer(snapshot.layer).state is LayerState.HEAD:
+            volume = layers.ready_volume(store, snapshot.source_volume)
+            if volume.head not in {snapshot.layer, snapshot.next}:
+                raise NotFound(f"volume {volume.id} was made anew meanwhile")
+            later = layers.freeze(
+                store,
+                volume,
+                snapshot.next,
+                check_intent=lambda: _check_unchanged(store, snapshot),
+                # the intent, too: before the volume's claim names an overlay that only it explains
+                also=[marked, store.directory_of(snapshot), ready.temporary],
+            )
+        else:
+            # the frozen layer's name, too: whoever froze it may have died before he made that durable
+            later = [marked, store.directory_of(store.layer(snapshot.layer)), ready.temporary]
+        store.make_durable(later)
+        layers.check_intent(
+            store,
+            snapshot.source_volume,
+            layer_id=snapshot.layer,
+            next_id=snapshot.next,
+            size_bytes=snapshot.size_bytes,
+            content=snapshot.content,
+        )
+        if store.layer(snapshot.layer).state is not LayerState.FROZEN:
+            raise Busy(f"the volume of snapshot {snapshot.id} is being changed")
+        return store.commit(ready)
 
 
 def _check_unchanged(store: Store, intent: SnapshotRecord) -> None:
@@ -187,6 +199,7 @@ def delete(store: Store, snapshot_id: str, release: Release) -> None:
             release(None)
             return
         if snapshot is None:
+            store.settle_removal(snapshot_id)
             return
         with _source_locked(store, snapshot, held=""):
             release(removal.remove_snapshot(store, snapshot))

@@ -40,6 +40,7 @@ from csi_quobyte.pool.records import (
     DataPath,
     ImageFormat,
     ImageState,
+    LayerRecord,
     LayerState,
     OnDelete,
     Preallocation,
@@ -367,9 +368,10 @@ def _finish(store: Store, volume: VolumeRecord) -> VolumeRecord:
         return volume
     if volume.parent is None:
         raise Corrupt(f"volume {volume.id} is unfinished and its record does not say what it lies on")
-    store.mark(volume.parent, child_marker(volume.head))
-    parent = store.layer(_frozen_parent(store, volume, volume.parent))
+    store.mark(volume.parent, child_marker(volume.head), sync=False)
+    parent, also = _frozen_parent(store, volume, volume.parent)
     if volume.clone_mode == "copy":
+        store.make_durable(also)
         return store.swap(volume, replace(volume, pinned=True, source_next=None))
     done = replace(volume, state=VolumeState.READY, unfinished=False, parent=None, source_next=None)
     with store.prepared(volume, done) as ready:
@@ -379,18 +381,20 @@ def _finish(store: Store, volume: VolumeRecord) -> VolumeRecord:
             volume_marker(volume),
             parent=parent,
             size_bytes=volume.size_bytes,
-            also=[ready.temporary],
+            also=[ready.temporary, *also],
         )
         return store.commit(ready)
 
 
-def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
+def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> tuple[LayerRecord, list[str]]:
     """Check, after the marker was made, that the source still is what the intent saw; freeze it if it is a head.
 
     The marker comes first: either it was made while the source's own reference was there, and the layer stays, or
-    the source is seen to be gone here.
+    the source is seen to be gone here. Gives the layer, and the directories to be made durable before the volume says
+    that it lies on it.
     """
     source = volume.source
+    later: list[str] = []
     if source and source.kind == "image":
         image = store.find_image(source.id)
         if image is None or image.state is not ImageState.READY or image.layer != parent_id:
@@ -405,9 +409,14 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
         cloned = ready_volume(store, source.id)
         if cloned.head not in {parent_id, volume.source_next}:
             raise NotFound(f"volume {source.id} was made anew meanwhile")
-        # The source's claim names an overlay that only this intent explains: it must outlive a power cut if that does.
-        store.settle(volume)
-        layers.freeze(store, cloned, volume.source_next, check_intent=lambda: _check_unchanged(store, volume))
+        later = layers.freeze(
+            store,
+            cloned,
+            volume.source_next,
+            check_intent=lambda: _check_unchanged(store, volume),
+            # The source's claim names an overlay that only this intent explains: it must outlive a power cut, too.
+            also=[store.refs_path(parent_id), store.directory_of(volume)],
+        )
     if source and source.kind == "volume":
         layers.check_intent(
             store,
@@ -417,9 +426,11 @@ def _frozen_parent(store: Store, volume: VolumeRecord, parent_id: str) -> str:
             size_bytes=volume.size_bytes,
             content=volume.inherited_content,
         )
-    if store.layer(parent_id).state is not LayerState.FROZEN:
+    parent = store.layer(parent_id)
+    if parent.state is not LayerState.FROZEN:
         raise Busy(f"the source of volume {volume.id} is being changed")
-    return parent_id
+    # the frozen layer's name, too: whoever froze it may have died before he made that durable
+    return parent, later or [store.refs_path(parent_id), store.directory_of(parent)]
 
 
 def _check_unchanged(store: Store, intent: VolumeRecord) -> None:
@@ -485,6 +496,7 @@ def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Rele
             release(None)
             return
         if volume is None:
+            store.settle_removal(volume_id)
             return
         with _also_locked(store, volume, None):
             release(removal.remove_volume(store, volume))

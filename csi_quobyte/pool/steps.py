@@ -197,8 +197,8 @@ class Steps:
             if sync:
                 self.sync(os.path.dirname(name))
 
-    def rename(self, path: str, name: str) -> None:
-        """Move a name over another one, atomically and durably.
+    def rename(self, path: str, name: str, *, sync: bool = True) -> None:
+        """Move a name over another one, atomically, and durably but for `sync=False`, as in `link`.
 
         Raises:
             FileNotFoundError: `path` is gone.
@@ -206,10 +206,14 @@ class Steps:
         self._note("rename", name)
         with translated(name):
             os.rename(path, name)
-            self.sync(os.path.dirname(name))
+            if sync:
+                self.sync(os.path.dirname(name))
 
-    def unlink(self, path: str, *, only_if: Callable[[], bool] | None = None) -> bool:
-        """Remove a name durably; False when it was gone already, or when `only_if`, asked right before, says no."""
+    def unlink(self, path: str, *, only_if: Callable[[], bool] | None = None, sync: bool = True) -> bool:
+        """Remove a name durably; False when it was gone already, or when `only_if`, asked right before, says no.
+
+        `sync=False` is for a name that means nothing any more: if a power cut brings it back, it is removed as a stray.
+        """
         self._note("unlink", path)
         if only_if and not only_if():
             return False
@@ -218,6 +222,8 @@ class Steps:
                 os.unlink(path)
             except FileNotFoundError:
                 return False
+            if not sync:
+                return True
             directory = os.path.dirname(path)
             try:
                 self._sync(directory)
@@ -290,10 +296,15 @@ class Steps:
 
         Raises:
             Exhausted, Unavailable: one of them is not; the others may be.
+            Busy: one of them is gone: where locks do not reach, another process has taken it for a dead one's.
         """
+        if not paths:
+            return
         self._note("sync", " ".join(paths))
         done = list(self._syncers.map(_sync_one, paths))
         for path, error in zip(paths, done, strict=True):
+            if isinstance(error, FileNotFoundError):
+                raise Busy(f"{path} was removed by another operation; try again") from error
             if error:
                 with translated(path):
                     raise error

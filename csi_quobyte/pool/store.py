@@ -553,6 +553,8 @@ class Store:
             self._steps.link(temporary, path, sync=sync)
         except FileExistsError as error:
             raise Busy(f"{record.id} was made by another operation at this moment") from error
+        except FileNotFoundError as error:
+            raise Busy(f"{temporary} was removed by another operation; try again") from error
         finally:
             self._steps.discard(temporary)
         return first
@@ -610,7 +612,13 @@ class Store:
 
         Whoever wrote it may have died before he could: then a power cut would take back what was acknowledged.
         """
-        self._steps.sync(os.path.dirname(self._path_of(record)))
+        self._steps.sync(self.directory_of(record))
+
+    def settle_removal(self, record_id: str) -> None:
+        """Make durable that a volume or snapshot is not there (any more), before that is answered to a retry."""
+        if parsed := records.parse_id(record_id):
+            folder = "snapshots" if parsed.kind == "snap" else "volumes"
+            self._steps.sync(os.path.dirname(self._record_path(folder, record_id)))
 
     @contextmanager
     def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
@@ -624,17 +632,32 @@ class Store:
         finally:
             self._steps.discard(prepared.temporary)
 
-    def commit(self, prepared: "Prepared[R]") -> R:
-        """Do the swap of a record that was prepared and that has been made durable; see `swap`."""
+    def commit(self, prepared: "Prepared[R]", *, sync: bool = True) -> R:
+        """Do the swap of a record that was prepared and that has been made durable; see `swap`.
+
+        Without `sync` the caller has `directory_of` the record made durable.
+        """
         try:
             claim = self._claim(prepared.temporary, prepared.path, prepared.old)
         finally:
             self._steps.discard(prepared.temporary)
         try:
-            self._steps.rename(claim, prepared.path)
+            self._steps.rename(claim, prepared.path, sync=sync)
         except FileNotFoundError as error:
             raise Busy(f"{prepared.old.id}: this change was overtaken") from error
         return prepared.following
+
+    def directory_of(self, record: records.Record) -> str:
+        """Give the directory whose names make a record's changes durable."""
+        return os.path.dirname(self._path_of(record))
+
+    def make_durable(self, paths: Sequence[str]) -> None:
+        """Make files and directories of the pool durable, all at once; nothing for none.
+
+        Raises:
+            Busy: one of them is gone.
+        """
+        self._steps.sync_all(paths)
 
     def _prepare(self, old: R, new: R, path: str, *, sync: bool) -> "Prepared[R]":
         following = records.next_version(new, of=old)
@@ -655,9 +678,12 @@ class Store:
 
     def _remove(self, record: records.Record, path: str, *, keep_as: str | None = None) -> None:
         """Remove the record at a path, as it was read, after it was given a second name if it is to be kept."""
-        if _read(path) is None:
-            return
-        claim = self._claim(path, path, record)
+        try:
+            claim = self._claim(path, path, record)
+        except Busy:
+            if _read(path) is None:
+                return
+            raise
         if keep_as:
             try:
                 # From the claim, not from the path: where another process has dropped it and gone on, nothing is
@@ -941,8 +967,12 @@ class Store:
             for name, temporary in unnamed.items():
                 if is_commit and name != path:
                     self._steps.sync(os.path.dirname(path))
-                with suppress(FileExistsError):
+                try:
                     self._steps.link(temporary, name, sync=False)
+                except FileExistsError:
+                    pass
+                except FileNotFoundError as error:
+                    raise Busy(f"{temporary} was removed by another operation; try again") from error
             self._steps.sync(os.path.dirname(path))
         finally:
             with ExitStack() as stack:  # each of them, also when one fails
@@ -1015,20 +1045,29 @@ class Store:
 
     # --- references --------------------------------------------------------------------------------------------
 
-    def mark(self, layer_id: str, marker: str) -> None:
+    def mark(self, layer_id: str, marker: str, *, sync: bool = True) -> None:
         """Refer to a layer, durably; done before is success.
+
+        Without `sync` everybody sees it from now on, too; what needs it must not be made durable before `refs_path` is.
 
         Raises:
             NotFound: the layer is condemned or gone: it can never be referred to again.
         """
         try:
-            self._steps.touch(f"{self._refs(layer_id)}/{marker}")
+            self._steps.touch(f"{self._refs(layer_id)}/{marker}", sync=sync)
         except FileNotFoundError as error:
             raise NotFound(f"layer {layer_id} is gone") from error
 
-    def unmark(self, layer_id: str, marker: str) -> None:
-        """Take a reference back, durably; gone already is success."""
-        self._steps.unlink(f"{self._refs(layer_id)}/{marker}")
+    def refs_path(self, layer_id: str) -> str:
+        """Give the directory of a layer's markers, for `make_layer` and `make_durable`."""
+        return self._refs(layer_id)
+
+    def unmark(self, layer_id: str, marker: str, *, sync: bool = True) -> None:
+        """Take a reference back, durably; gone already is success.
+
+        Without `sync` a power cut may bring it back: the collector removes what no record justifies.
+        """
+        self._steps.unlink(f"{self._refs(layer_id)}/{marker}", sync=sync)
 
     def markers(self, layer_id: str) -> list[str] | None:
         """Give the markers of a layer, sorted; None when its refs directory is gone."""
@@ -1077,10 +1116,11 @@ class Store:
         temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(content)))
         self._steps.rename(temporary, self._content_path(volume))
 
-    def remove_content(self, volume: VolumeRecord) -> None:
-        """Forget what was on a volume that is being deleted."""
-        self._steps.unlink(self._content_path(volume))
-        self.forget_closed(volume)
+    def remove_content(self, volume: VolumeRecord, *, sync: bool = True) -> None:
+        """Forget what was on a volume that is being deleted, or without `sync` one that is: these are strays then."""
+        self._steps.unlink(self._content_path(volume), sync=sync)
+        if os.path.lexists(self._closed_path(volume)):
+            self._steps.unlink(self._closed_path(volume), sync=sync)
 
     def _closed_path(self, volume: VolumeRecord) -> str:
         return self._record_path("volumes", volume.id).removesuffix(".json") + f".closed-{volume.uid}"
