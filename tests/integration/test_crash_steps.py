@@ -88,6 +88,11 @@ def template() -> Iterator[tuple[Path, Tree]]:
     v (1, 2) written, with snapshot s (1); c an untouched clone of v's state (1, 2); a attached to a node; golden an
     image (7, 8); deleting: half-done deletes and layers without references for the collector.
     """
+    yield from made_by(fill)
+
+
+def made_by(*fillers: Callable[[Kit], object]) -> Iterator[tuple[Path, Tree]]:
+    """Give a pool that these have filled, and how it looked when it was new; removed afterwards."""
     # in memory where there is such a place: what survives a SIGKILL is the same, and an fsync costs nothing
     memory = Path("/dev/shm")
     parent = Path(tempfile.mkdtemp(prefix="csi-quobyte-test-", dir=memory if memory.is_dir() else None))
@@ -96,7 +101,8 @@ def template() -> Iterator[tuple[Path, Tree]]:
     store_module.initialise(str(root), owner=OWNER, modes=Modes())
     as_new = tree(root)
     kit = Kit(Store(str(root)))
-    fill(kit)
+    for fill_with in fillers:
+        fill_with(kit)
     kit.store.close()
     yield root, as_new
     shutil.rmtree(parent)

@@ -22,9 +22,10 @@ from pathlib import Path
 import crash_runner
 import pytest
 import test_crash_merges
+import test_crash_states
 import test_crash_steps
 from controller_kit import OWNER, SIZE_BYTES, Kit, tree
-from crash_runner import IMAGES, OPERATIONS, import_new
+from crash_runner import IMAGES, OPERATIONS, TRASH, entries_of, import_new
 from power_cut import (
     ALL_LOST,
     ALL_THERE,
@@ -62,7 +63,8 @@ merge_template = test_crash_merges.template
 Blocks = tuple[int, ...]
 Files = dict[str, str]
 Model = dict[str, Blocks | None]
-"""What volumes ("v"), snapshots ("snapshot s"), images ("image i") hold in their first blocks; None: there is none."""
+"""What volumes ("v"), snapshots ("snapshot s"), images ("image i") and what is in the trash ("trash v") hold in their
+first blocks; None: there is none."""
 BEFORE: Model = {**UNTOUCHED, "snapshot s": (1, 0, 0)}
 
 
@@ -110,6 +112,12 @@ def note_content(kit: Kit) -> None:
     volume = kit.store.volume(kit.volume_id("a"))
     for state in ("formatting", "formatted"):
         kit.store.put_content(volume, records.Content(state=state, filesystem="ext4", generation=1))  # type: ignore[arg-type]
+
+
+def restore(kit: Kit, name: str) -> None:
+    """Restore what is in the trash under a name; done before is success."""
+    for entry_id in entries_of(kit, name):
+        kit.restore(entry_id)
 
 
 def as_before(kit: Kit) -> None:
@@ -183,7 +191,32 @@ ROWS: dict[str, tuple[Step, ...]] = {
         Step(import_new, {"image new": (7, 8, 0)}),
     ),
 }
-assert set(OPERATIONS | IMAGES) <= set(ROWS), "an operation of the crash tests is not here"
+TRASH_ROWS: dict[str, tuple[Step, ...]] = {
+    "trash volume": (Step(TRASH["trash volume"], {"k": None, "trash k": (1, 7, 7)}),),
+    "trash snapshot": (Step(TRASH["trash snapshot"], {"snapshot ks": None, "trash ks": (1, 7, 0)}),),
+    "restore volume": (Step(TRASH["restore volume"], {"tv": (1, 8, 8), "trash tv": None}),),
+    "restore snapshot": (Step(TRASH["restore snapshot"], {"snapshot ts": (1, 8, 0), "trash ts": None}),),
+    "purge volume": (Step(TRASH["purge volume"], {"trash tv": None}),),
+    "purge snapshot": (Step(TRASH["purge snapshot"], {"trash ts": None}),),
+    "to the trash and back": (
+        Step(TRASH["trash volume"], {"k": None, "trash k": (1, 7, 7)}),
+        Step(lambda kit: kit.create("k"), {"k": (0, 0, 0)}),
+        Step(lambda kit: kit.delete("k"), {"k": None}),
+        Step(lambda kit: restore(kit, "k"), {"k": (1, 7, 7), "trash k": None}),
+        Step(lambda kit: kit.write("k", 9), {"k": (9, 7, 7)}, is_daemons=True),
+        Step(lambda kit: kit.snapshot("t", of="k"), {"snapshot t": (9, 7, 7)}),
+        Step(TRASH["trash volume"], {"k": None, "trash k": (9, 7, 7)}),
+        Step(lambda kit: [kit.purge(entry_id) for entry_id in entries_of(kit, "k")], {"trash k": None}),
+    ),
+}
+TRASH_BEFORE: Model = {
+    **BEFORE,
+    "k": (1, 7, 7),
+    "snapshot ks": (1, 7, 0),
+    "trash tv": (1, 8, 8),
+    "trash ts": (1, 8, 0),
+}
+assert set(OPERATIONS | IMAGES | TRASH) <= set(ROWS | TRASH_ROWS), "an operation of the crash tests is not here"
 
 
 # --- recording and cutting -------------------------------------------------------------------------------------
@@ -267,9 +300,16 @@ def holds(kit: Kit, name: str, blocks: Blocks | None) -> bool:
     if kind == "image":
         found = kit.store.find_image(kit.image_id(rest))
         return found is None if blocks is None else found is not None and kit.layer_holds(found.layer, *blocks)
+    if kind == "trash":
+        layers = [records.layer_of(entry) for entry in trashed(kit, rest)]
+        return layers == [] if blocks is None else len(layers) == 1 and kit.layer_holds(layers[0], *blocks)
     if blocks is None:
         return kit.store.find_volume(kit.volume_id(rest)) is None
     return kit.holds(rest, *blocks)
+
+
+def trashed(kit: Kit, name: str) -> list[records.Deletable]:
+    return [entry for entry in map(kit.store.find_trashed, entries_of(kit, name)) if entry]
 
 
 def check_model(kit: Kit, model: Model) -> None:
@@ -344,6 +384,24 @@ def test_nothing_acknowledged_is_lost_in_a_power_cut(
 ) -> None:
     source, as_new = template
     row = record(copied(source), ROWS[name], BEFORE)
+    states = try_cuts(row, target, cases(row), partial(check_case, as_new))
+    print(f"{name}: {len(row.events)} events, {states} states after a cut, seed {SEED}")
+    assert states
+
+
+@pytest.fixture(scope="module")
+def trash_template() -> Iterator[tuple[Path, Files]]:
+    """A pool with something in the trash and something to be put there, and how it looked when it was new."""
+    yield from test_crash_steps.made_by(test_crash_steps.fill, test_crash_states.fill_trash)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", TRASH_ROWS)
+def test_trash_loses_nothing_in_a_power_cut(
+    name: str, trash_template: tuple[Path, Files], target: Path, impatient: None
+) -> None:
+    source, as_new = trash_template
+    row = record(copied(source), TRASH_ROWS[name], TRASH_BEFORE)
     states = try_cuts(row, target, cases(row), partial(check_case, as_new))
     print(f"{name}: {len(row.events)} events, {states} states after a cut, seed {SEED}")
     assert states
@@ -478,15 +536,17 @@ def unsynced_records(patch: pytest.MonkeyPatch) -> None:
 
 def unsynced_markers(patch: pytest.MonkeyPatch) -> None:
     """A marker's name is not synced before the record that needs it."""
-    right = Steps.touch
-    patch.setattr(Steps, "touch", lambda self, path, **_: right(self, path, sync=False))
+    right = Steps.sync_all
+    patch.setattr(
+        Steps, "sync_all", lambda self, paths: right(self, [path for path in paths if not path.endswith(".refs")])
+    )
 
 
 def unsynced_removal(patch: pytest.MonkeyPatch) -> None:
     """A delete is answered before it is durable."""
     right = Steps.rename
 
-    def rename(steps: Steps, path: str, name: str) -> None:
+    def rename(steps: Steps, path: str, name: str, **_: bool) -> None:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(Steps, "sync", lambda *_: None)
             right(steps, path, name)
