@@ -138,6 +138,7 @@ def _base_record(layer_id: str, volume: VolumeRecord) -> LayerRecord:
         size_bytes=volume.size_bytes,
         parent=None,
         state=LayerState.HEAD,
+        depth=1,
     )
 
 
@@ -294,6 +295,7 @@ def _fill_cache(
         size_bytes=max(snapshot.size_bytes, store.layer(snapshot.layer).size_bytes),
         parent=None,
         state=LayerState.FROZEN,
+        depth=1,
     )
     copied = None
     if store.image_bytes(record) is None:  # an image that has its name is whole

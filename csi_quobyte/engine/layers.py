@@ -63,6 +63,7 @@ def make_base(
         size_bytes=size_bytes,
         parent=None,
         state=LayerState.HEAD,
+        depth=1,
     )
     return store.make_layer(record, marker, writer, also=also)
 
@@ -85,11 +86,12 @@ def make_overlay(
     writer = images.overlay(
         size_bytes=size_bytes, backing_name=store.backing_name(layer_id, parent), backing_format=parent.format
     )
-    record = _overlay_record(layer_id, parent_id=parent.id, size_bytes=size_bytes)
+    depth = _depth(store, parent) + 1
+    record = _overlay_record(layer_id, parent_id=parent.id, size_bytes=size_bytes, depth=depth)
     return store.make_layer(record, marker, writer, also=also)
 
 
-def _overlay_record(layer_id: str, *, parent_id: str, size_bytes: int) -> LayerRecord:
+def _overlay_record(layer_id: str, *, parent_id: str, size_bytes: int, depth: int = 0) -> LayerRecord:
     return LayerRecord(
         id=layer_id,
         file=f"{layer_id}.qcow2",
@@ -97,6 +99,7 @@ def _overlay_record(layer_id: str, *, parent_id: str, size_bytes: int) -> LayerR
         size_bytes=size_bytes,
         parent=parent_id,
         state=LayerState.HEAD,
+        depth=depth,
     )
 
 
@@ -154,12 +157,19 @@ def check_depth(store: Store, head: str) -> None:
     Raises:
         Exhausted: the chain has reached the hard depth.
     """
-    depth = len(chain_of(head, store.find_layer))
+    depth = _depth(store, store.layer(head))
     if depth >= HARD_DEPTH:
         raise Exhausted(
             f"the volume already lies on {depth} layers, the most that is supported; while it is detached its chain is "
             f"shortened, so detach it and try again in a few minutes, or copy its data into a new volume"
         )
+
+
+def _depth(store: Store, layer: LayerRecord) -> int:
+    """Give how many layers a chain has at most; exactly, by reading all of it, only where that may be too many."""
+    if 0 < layer.depth < HARD_DEPTH:
+        return layer.depth
+    return len(chain_of(layer.id, store.find_layer))
 
 
 def untouched_parent(store: Store, volume: VolumeRecord) -> LayerRecord | None:

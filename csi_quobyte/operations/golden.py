@@ -195,6 +195,7 @@ def _publish(store: Store, image_id: str, name: str, made: str, size_bytes: int)
         size_bytes=size_bytes,
         parent=None,
         state=LayerState.FROZEN,
+        depth=1,
     )
     try:
         store.make_layer(layer, image_marker(image), made)

@@ -283,7 +283,8 @@ class Merge:
 class LayerRecord:
     """One image file. `size_bytes` is its virtual size when it was made (a head may have grown since).
 
-    While `merge` is set, nobody may open a chain with this layer in it, but who does the merge.
+    While `merge` is set, nobody may open a chain with this layer in it, but who does the merge. Its chain has at most
+    `depth` layers, itself included (0: not known): so many when it was made, and merges only shorten chains.
     """
 
     id: str
@@ -293,6 +294,7 @@ class LayerRecord:
     parent: str | None
     state: LayerState
     merge: Merge | None = None
+    depth: int = 0
     kind: Literal["layer"] = "layer"
     generation: int = 0
     nonce: str = ""

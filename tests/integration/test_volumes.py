@@ -234,6 +234,27 @@ def test_clone_at_the_hard_depth_is_exhausted_and_leaves_nothing(kit: Kit, monke
     kit.create("restored", source=kit.from_snapshot("s2"))
 
 
+def test_chain_that_was_shortened_is_counted_anew_at_the_hard_depth(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is noted of the depth is what it was once."""
+    monkeypatch.setattr("csi_quobyte.engine.layers.HARD_DEPTH", 3)
+    kit.create("v")
+    for pattern in (1, 2):
+        kit.write("v", pattern)
+        kit.snapshot(f"s{pattern}", of="v")
+    kit.write("v", 3)
+    kit.delete_snapshot("s1")
+    kit.sweep_until_quiet()
+    kit.merge_all()
+    assert len(kit.chain("v")) == 2
+    assert kit.chain("v")[0].depth == 3
+    kit.snapshot("s3", of="v")
+    assert [layer.depth for layer in kit.chain("v")][:2] == [3, 3]
+    assert kit.holds("v", 3)
+    kit.write("v", 4)
+    with pytest.raises(Exhausted):
+        kit.snapshot("s4", of="v")
+
+
 def test_hard_depth_is_what_the_format_page_says() -> None:
     assert chain_module.HARD_DEPTH == 32
 
