@@ -605,7 +605,7 @@ class Store:
         Raises:
             Busy: the record is no longer what was read, or another writer is in the middle of it.
         """
-        return self.commit(self._prepare(old, new, self._path_of(old), sync=True))
+        return self.commit(self._prepare(old, new, self._path_of(old)))
 
     def settle(self, record: records.Record) -> None:
         """Make durable what a record was found to say, before it is answered to a retry.
@@ -624,9 +624,13 @@ class Store:
     def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
         """Write the successor of `old` down already, so that it becomes durable together with what it will name.
 
-        Inside the block, `make_layer` makes it durable and `commit` takes it over; without that it is forgotten.
+        Inside the block, `make_layer` makes it durable and `commit` takes it over; without that it is forgotten. It
+        never uses up the reserve: that is for what makes space, and this is for what needs more of it.
+
+        Raises:
+            Exhausted: no space; nothing is left.
         """
-        prepared = self._prepare(old, new, self._path_of(old), sync=False)
+        prepared = self._prepare(old, new, self._path_of(old), is_needed=False)
         try:
             yield prepared
         finally:
@@ -659,10 +663,13 @@ class Store:
         """
         self._steps.sync_all(paths)
 
-    def _prepare(self, old: R, new: R, path: str, *, sync: bool) -> "Prepared[R]":
+    def _prepare(self, old: R, new: R, path: str, *, is_needed: bool = True) -> "Prepared[R]":
+        """Write a change down; one that is needed, by itself, is durable at once and may use up the reserve."""
         following = records.next_version(new, of=old)
         temporary = self._steps.write_temporary(
-            lambda fd: write_whole(fd, records.encode(following)), reserve=self._reserve_file, sync=sync
+            lambda fd: write_whole(fd, records.encode(following)),
+            reserve=self._reserve_file if is_needed else None,
+            sync=is_needed,
         )
         return Prepared(old, following, temporary, path)
 
@@ -798,7 +805,7 @@ class Store:
 
     def swap_trashed(self, old: Deletable, new: Deletable) -> Deletable:
         """Change an entry of the trash by compare-and-set, as `swap` does a record."""
-        return self.commit(self._prepare(old, new, self._trash_path(trash_id(old)), sync=True))
+        return self.commit(self._prepare(old, new, self._trash_path(trash_id(old))))
 
     def remove_trashed(self, entry: Deletable) -> None:
         """Remove an entry of the trash, as it was read; gone already is success.
