@@ -123,7 +123,7 @@ lint-steps:
 	@mypy
 	@MYPYPATH=deploy mypy --explicit-package-bases --package lab
 	@MYPYPATH=deploy:bench mypy --strict --explicit-package-bases tests/tools/contained.py \
-	  tests/tools/parameters_page.py tests/sanity/run.py bench/run.py bench/scale.py bench/filling.py bench/speed.py bench/eof.py
+	  tests/tools/parameters_page.py tests/sanity/run.py bench/run.py bench/scale.py bench/filling.py bench/speed.py bench/disk.py bench/eof.py
 	@MYPYPATH=deploy:tests/tools mypy --strict --explicit-package-bases tests/cluster
 	@$(PYTHON) tests/tools/parameters_page.py --check
 	@lint-imports

@@ -19,7 +19,6 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy"), str(ROOT / "bench")]  # started by its path, from a tree as it is
 
+from disk import own_disk  # noqa: E402
 from figures import Row, environment, ratio, show, timed_ms  # noqa: E402
 
 from csi_quobyte.pb import csi_pb2 as csi  # noqa: E402
@@ -39,7 +39,7 @@ from csi_quobyte.pool import records  # noqa: E402
 from csi_quobyte.pool.records import NodeRecord  # noqa: E402
 from csi_quobyte.pool.store import Store  # noqa: E402
 from lab.client import Client, block_capability  # noqa: E402
-from lab.machine import GIB, NODE_ID, Machine, run, wait_for  # noqa: E402
+from lab.machine import GIB, NODE_ID, Machine, wait_for  # noqa: E402
 
 SNAPSHOT_EVERY = 20
 FILLERS = 2
@@ -294,23 +294,6 @@ def lists(large: Subject) -> list[Row]:
     ]
 
 
-@contextmanager
-def own_disk(base: Path) -> Iterator[Path]:
-    """A file system of its own on a file below `base`: what 100 000 volumes leave is removed with one file."""
-    image, mounted = base / "disk", base / "m"
-    with image.open("wb") as file:
-        file.truncate(DISK_BYTES)
-    mounted.mkdir()
-    run("mkfs.ext4", "-q", "-m", "0", "-N", str(DISK_FILES), "-E", "lazy_itable_init=1,nodiscard", image)
-    run("mount", "-o", "loop", image, mounted)
-    try:
-        yield mounted
-    finally:
-        run("umount", mounted)
-        mounted.rmdir()
-        image.unlink()
-
-
 def measure(
     base: Path,
     volumes: int,
@@ -374,7 +357,7 @@ def main() -> int:
         described = environment(base)
         if described["file_system"] == "tmpfs":
             raise RuntimeError(f"{base} is in memory; give --directory on a disk")
-        with own_disk(base) as disk:
+        with own_disk(base, size_bytes=DISK_BYTES, files=DISK_FILES) as disk:
             measure(
                 disk,
                 arguments.volumes,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from figures import MIB, Row, ratio, timed_ms
 
+from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pool.store import Store
 from lab.client import Client
 from lab.machine import GIB, QEMU_DIR, Machine, wait_for
@@ -36,6 +37,7 @@ TITLES = {
     "expand": "ControllerExpandVolume",
     "delete": "DeleteVolume",
 }
+NOTHING = "a call that does nothing (GetPluginInfo)"
 # How many small files the step cannot do without: images made, records made or replaced.
 FLOOR_FILES = {"create": 2, "snapshot": 3, "restore": 2, "clone": 4, "expand": 1, "delete": 1}
 
@@ -204,6 +206,10 @@ class Ours:
         self._qemu_io = Tool("qemu-io")
         self._ids: dict[str, str] = {}
 
+    def nothing(self, _: str) -> None:
+        """GetPluginInfo: what any call costs before it does anything."""
+        self._client.identity.GetPluginInfo(csi.GetPluginInfoRequest(), timeout=10)
+
     def create(self, name: str) -> None:
         """CreateVolume."""
         self._ids[f"{name}.base"] = self._client.create(name).volume_id
@@ -256,6 +262,8 @@ class Samples:
     predecessor: dict[str, list[float]] = field(default_factory=dict)
     ours: dict[str, list[float]] = field(default_factory=dict)
     starts: list[float] = field(default_factory=list)
+    nothing: list[float] = field(default_factory=list)
+    """Of calls that do nothing, as a series of their own and in the same surroundings as the others."""
 
 
 Measure = Callable[[Callable[[str], object], Sequence[str]], float]
@@ -294,6 +302,7 @@ def series(
         kept = samples if round_number else Samples()
         names = [f"v{next(number)}" for _ in range(names_a_round)]
         kept.starts.append(measure(lambda _: predecessor.qemu_img("--version"), names))
+        kept.nothing.append(measure(ours.nothing, names))
         for operation in OPERATIONS:
             if operation in {"snapshot", "clone"}:
                 for name in names:
@@ -314,7 +323,10 @@ def series(
 def single_rows(samples: Samples) -> list[Row]:
     """Lay out the milliseconds of one caller."""
     group = "one caller"
-    rows = [Row(group, "start of qemu-img (--version)", tuple(samples.starts))]
+    rows = [
+        Row(group, "start of qemu-img (--version)", tuple(samples.starts)),
+        Row(group, NOTHING, tuple(samples.nothing)),
+    ]
     for operation in OPERATIONS:
         base, old, new = (s[operation] for s in (samples.floor, samples.predecessor, samples.ours))
         faster = ratio(old, new)
@@ -336,7 +348,10 @@ def single_rows(samples: Samples) -> list[Row]:
 def many_rows(samples: Samples) -> list[Row]:
     """Lay out the calls in a second of eight callers."""
     group = f"{CALLERS} callers"
-    rows = [Row(group, "start of qemu-img (--version)", per_s=statistics.median(samples.starts))]
+    rows = [
+        Row(group, "start of qemu-img (--version)", per_s=statistics.median(samples.starts)),
+        Row(group, NOTHING, per_s=statistics.median(samples.nothing)),
+    ]
     for operation in OPERATIONS:
         base, old, new = (s[operation] for s in (samples.floor, samples.predecessor, samples.ours))
         of_floor, faster = ratio(new, base), ratio(new, old)
