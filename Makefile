@@ -69,8 +69,8 @@ soak: setup ## 500 random histories, one and two controllers; a minute of eight 
 	  $(PYTHON) -m pytest --timeout 3600 -q -s tests/integration/test_histories.py tests/integration/test_concurrency.py
 
 power-loss: setup ## a power cut after every write, fsync and rename of every operation, what was not synced lost or torn
-	@CSI_QUOBYTE_POWER_CUTS=0 $(CONTAINED) 3600 power-loss -- \
-	  $(PYTHON) -m pytest --timeout 1800 -q -s tests/integration/test_power_loss.py
+	@CSI_QUOBYTE_POWER_CUTS=0 $(CONTAINED) 5400 power-loss -- \
+	  $(PYTHON) -m pytest --timeout 1800 -q -s tests/integration/test_power_loss.py tests/integration/test_power_loss_after_death.py
 
 ##@ On a real Kubernetes (two nodes on this machine, without a registry; the first time builds it: 15 to 20 minutes)
 cluster-test: cluster-parts ## install the chart and follow volumes through their life, crashes and upgrades included

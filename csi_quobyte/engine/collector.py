@@ -37,6 +37,7 @@ from csi_quobyte.pool.records import (
     TrashState,
     VolumeState,
     is_layer_id,
+    layer_of,
     note_uid,
     parse_marker,
 )
@@ -347,7 +348,7 @@ def _empty_trash(store: Store, found: Index, report: Report) -> None:
 
 
 def _finish_freezes(store: Store, found: Index, report: Report) -> None:
-    """Freeze what a crash left unfrozen below a head."""
+    """Freeze what a crash left unfrozen below a head, or a power cut below a layer that was a head then."""
     for volume in found.volumes.values():
         head = found.layers.get(volume.head)
         below = found.layers.get(head.parent) if head and head.parent else None
@@ -357,6 +358,15 @@ def _finish_freezes(store: Store, found: Index, report: Report) -> None:
                 if current and current.head == volume.head:
                     layers.finish_freeze(store, current)
                     report.finished_freezes += 1
+    if found.unreadable:
+        return
+    heads = {volume.head for volume in found.volumes.values()} | {layer_of(entry) for entry in found.trash.values()}
+    lain_on = {layer.parent for layer in found.layers.values()}
+    lain_on |= {snapshot.layer for snapshot in found.snapshots.values() if snapshot.state is SnapshotState.READY}
+    for layer in found.layers.values():
+        if layer.state is LayerState.HEAD and layer.id in lain_on and layer.id not in heads:
+            with _if_free(store, report):
+                report.finished_freezes += layers.freeze_passed(store, layer.id)
 
 
 def _end_dead_jobs(store: Store, found: Index, report: Report) -> None:
@@ -396,6 +406,7 @@ def _remove_stale_markers(store: Store, found: Index, report: Report, pace: Call
             locks = [marker.id] if marker.kind in {"v", "s", "i"} else []
             with _if_free(store, report, *locks) as free:
                 if free and not index_module.is_needed_now(store, layer_id, marker):
+                    store.settle_name(marker.id)
                     log.warning("marker %s on layer %s belongs to nothing and is removed", name, layer_id)
                     store.unmark(layer_id, name)
                     found.refs[layer_id] = [other for other in found.refs[layer_id] if other != name]

@@ -496,7 +496,7 @@ class Copier:
             job.made = copy_volume(store, self._tools, volume, job.watch, speed_bytes_per_s=self._speed_bytes_per_s)
         except _FINAL as error:
             # final for the sidecars: they forget the volume, so nothing of it may stay
-            with _lock_patiently(store, volume.id):
+            with removal.undoing(), _lock_patiently(store, volume.id):
                 released = removal.remove_volume(store, volume)
             release(released)
             self._remember(volume, error)

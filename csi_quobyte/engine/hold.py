@@ -154,6 +154,7 @@ def _drop_snapshot(store: Store, job: JobRecord) -> str | None:
     snapshot_id = records.snapshot_id(store.prefix, _snapshot_name(job))
     snapshot = store.find_snapshot(snapshot_id)
     if snapshot is None:
+        store.settle_name(snapshot_id)
         return None
     with store.lock(snapshot.source_volume), store.lock(snapshot_id):
         current = store.find_snapshot(snapshot_id)

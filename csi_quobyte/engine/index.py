@@ -45,7 +45,8 @@ _LAYER_FILES = frozenset({"qcow2", "raw", "refs"})
 class Stray:
     """A file in a shard that is not a record: an image, a refs directory, a content note, a claim, or foreign.
 
-    The trash has no shards; there it is a claim, or a record that is to be published by a restore.
+    The trash has no shards; there it is a claim, or a record that is to be published by a restore. A claim on the lease
+    is in no folder.
     """
 
     folder: str
@@ -55,7 +56,7 @@ class Stray:
     @property
     def path(self) -> str:
         """The file, relative to the pool."""
-        return f"{self.folder}/{self.shard}/{self.name}" if self.shard else f"{self.folder}/{self.name}"
+        return "/".join(part for part in (self.folder, self.shard, self.name) if part)
 
 
 @dataclass
@@ -283,6 +284,7 @@ def read(store: Store, *, brief: bool = False, pace: Callable[[], None] = no_pac
             pace()
     index.strays += [Stray("trash", "", name) for name in store.trash_strays()]
     index.strays += [Stray("jobs", "", name) for name in store.job_claims()]
+    index.strays += [Stray("", "", name) for name in store.lease_claims()]
     # A volume is made from an image while that is there: images are read before volumes. An image is made while its
     # job is there: jobs are read after images.
     for image_id, image in _records(store.image_ids(), store.find_image, index.unreadable, pace):

@@ -313,6 +313,8 @@ def freeze(
     images.check_chain(store, (old,))
     store.check_not_written(old)
     marker = volume_marker(volume)
+    # An earlier freeze may have died before that below was durable; nobody looks there once this is no head any more.
+    below = [store.directory_of(store.layer(old.parent))] if old.parent else []
     # Written down now, so that all of it becomes durable at once; each comes true, by compare-and-set, in its turn.
     with (
         store.prepared(volume, replace(volume, head=next_id)) as moved,
@@ -324,7 +326,7 @@ def freeze(
             marker,
             parent=old,
             size_bytes=volume.size_bytes,
-            also=[store.refs_path(old.id), moved.temporary, frozen.temporary, *also],
+            also=[store.refs_path(old.id), moved.temporary, frozen.temporary, *below, *also],
         )
         # Whoever undoes the intent writes that down first, then writes the volume's record again, then removes the
         # overlay: with the intent read after the volume was, either it is seen here or the swap fails.
@@ -343,15 +345,34 @@ def _frozen(store: Store, head: LayerRecord) -> LayerRecord:
 
 
 def finish_freeze(store: Store, volume: VolumeRecord) -> None:
-    """Make the layer below a volume's head frozen if a freeze was interrupted after the record named the new head."""
+    """Make the layer below a volume's head frozen, durably, if a freeze was interrupted after the record named the new
+    head.
+    """
     head = store.layer(volume.head)
     if head.parent is None:
         return
     old = store.layer(head.parent)
+    store.settle(volume)  # a power cut must not make it the head again once it is frozen
     if old.state is LayerState.HEAD:
-        store.settle(volume)  # a power cut must not make it the head again once it is frozen
         store.swap(old, _frozen(store, old))
+    else:
+        store.settle(old)  # whoever froze it may have died before that was durable
     store.unmark(old.id, volume_marker(volume))
+
+
+def freeze_passed(store: Store, layer_id: str) -> bool:
+    """Freeze a layer that others lie on and that is nobody's head, if that is so; says whether it was.
+
+    A freeze whose end a power cut took back leaves one when its volume has moved on since.
+    """
+    layer = store.find_layer(layer_id)
+    if layer is None or layer.state is not LayerState.HEAD or layer.merge:
+        return False
+    markers = [marker for marker in map(parse_marker, store.markers(layer_id) or []) if marker and marker.kind == "v"]
+    if any(index.is_needed_now(store, layer_id, marker) for marker in markers):
+        return False
+    store.swap(layer, _frozen(store, layer))
+    return True
 
 
 def abandon(store: Store, layer_id: str, marker: str | None, *, parent: str | None) -> None:

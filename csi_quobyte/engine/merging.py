@@ -428,6 +428,7 @@ def resume(store: Store, tools: QemuTools, layer_id: str, *, is_held: Ask) -> No
     elif child.parent == layer.id:
         _undo(store, tools, layer, child, noted, is_held)
     else:
+        store.settle(child)  # whoever committed it may have died before that was durable
         _leave(store, layer.id, child)
         # die here: the layer has no markers, and the collector drops it
         layers.drop(store, layer.id)

@@ -171,6 +171,8 @@ def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> 
         # what is damaged is another object's; once that is repaired or deleted, the collector does the rest
         log.error("a freeze is left as it is: %s", error)
         return
+    if source is None:
+        store.settle_name(source_id)
     markers = store.markers(next_id) or []
     if any(not marker.startswith("v-") for marker in markers):
         return  # the freeze was finished and the volume has moved on since: this layer is part of its chain

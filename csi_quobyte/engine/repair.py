@@ -295,6 +295,7 @@ def _collect(store: Store, tools: QemuTools) -> DriverError | None:
             folders = ("volumes", "snapshots", "images", "layers")
             listings = [listing for folder in folders for listing in store.listings(folder)]
             names = [name for _, shard in listings for name in shard] + store.trash_strays() + store.job_claims()
+            names += store.lease_claims()
             if not any(".json.g" in name for name in names) or time.monotonic() >= deadline:
                 return None
             time.sleep(_PAUSE_S)

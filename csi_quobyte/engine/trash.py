@@ -153,6 +153,8 @@ def _finish_move(store: Store, entry: Deletable) -> None:
     live = _find(store, entry, entry.id)
     if live and live.uid == entry.uid:
         store.move_to_trash(live)
+    else:
+        store.settle_name(entry.id)
 
 
 def _begin_restore(store: Store, entry: Deletable, wanted: str, name: str) -> Deletable:
@@ -237,6 +239,7 @@ def _find_restored(store: Store, entry: Deletable) -> Deletable | None:
 
 def _finish_restore(store: Store, entry: Deletable) -> None:
     """Take an entry away whose restored record is published; can be repeated."""
+    store.settle_name(_target(entry).id)
     store.revoke_restore(entry, _target(entry).uid)
     _remove(store, entry)
 

@@ -7,6 +7,7 @@ alone; it goes as soon as the layer is held. The volume or snapshot can be delet
 the end.
 """
 
+import errno
 import logging
 import os
 import re
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 PATIENCE_S: Final = 60.0
 """So long an export waits for other operations on the volume, and for a merge to notice that the chain is held."""
 _PAUSE_S = 0.2
+# what link(2) says on a file system without hard links, or for files that may have none
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 T = TypeVar("T")
 
@@ -245,7 +248,9 @@ def _rename_to_new(partial: str, target: str) -> None:
         os.link(partial, target)
     except FileExistsError as error:
         raise AlreadyExists(f"{target} exists: it was made meanwhile") from error
-    except OSError:  # a file system without hard links
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         if Path(target).exists():
             raise AlreadyExists(f"{target} exists: it was made meanwhile") from None
         os.rename(partial, target)

@@ -199,7 +199,7 @@ def delete(store: Store, snapshot_id: str, release: Release) -> None:
             release(None)
             return
         if snapshot is None:
-            store.settle_removal(snapshot_id)
+            store.settle_name(snapshot_id)
             return
         with _source_locked(store, snapshot, held=""):
             release(removal.remove_snapshot(store, snapshot))

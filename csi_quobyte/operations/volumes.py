@@ -496,7 +496,7 @@ def delete(store: Store, volume_id: str, provisioned: Provisioned, release: Rele
             release(None)
             return
         if volume is None:
-            store.settle_removal(volume_id)
+            store.settle_name(volume_id)
             return
         with _also_locked(store, volume, None):
             release(removal.remove_volume(store, volume))

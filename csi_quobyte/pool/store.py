@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 
 SHARDS = tuple(f"{number:02x}" for number in range(256))
 _SHARDED = ("volumes", "snapshots", "images", "layers")
+_FOLDERS = {"vol": "volumes", "snap": "snapshots", "img": "images"}
 _PLAIN = ("tmp", "reserve", "nodes", "jobs", "trash")
 _SHARD = re.compile(r"[0-9a-f]{2}")
 _TEMPORARY = re.compile(r"(init|[0-9a-f]{16})\.[0-9a-f]{12}")
@@ -614,11 +615,18 @@ class Store:
         """
         self._steps.sync(self.directory_of(record))
 
-    def settle_removal(self, record_id: str) -> None:
-        """Make durable that a volume or snapshot is not there (any more), before that is answered to a retry."""
+    def settle_name(self, record_id: str) -> None:
+        """Make durable what is seen of an id: that its record is there, or is not (any more), and not in the trash.
+
+        Before that is answered to a retry, or anything is done because of it: whoever changed it may have died before
+        he could, and a power cut would take it back. An id that cannot be one of ours never had a record.
+        """
         if parsed := records.parse_id(record_id):
-            folder = "snapshots" if parsed.kind == "snap" else "volumes"
-            self._steps.sync(os.path.dirname(self._record_path(folder, record_id)))
+            directories = [os.path.dirname(self._record_path(_FOLDERS[parsed.kind], record_id))]
+            if os.path.lexists(f"{self.root}/trash"):
+                directories.append(f"{self.root}/trash")
+            for directory in directories:
+                self._steps.sync(directory)
 
     @contextmanager
     def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
@@ -689,6 +697,8 @@ class Store:
             claim = self._claim(path, path, record)
         except Busy:
             if _read(path) is None:
+                # done before is success once it is durable: whoever did it may have died before that
+                self._steps.sync(os.path.dirname(path))
                 return
             raise
         if keep_as:
@@ -697,7 +707,8 @@ class Store:
                 # published late.
                 self._steps.link(claim, keep_as)
             except FileExistsError:
-                pass  # an earlier attempt has come so far
+                # an earlier attempt has come so far, and may have died before that was durable
+                self._steps.sync(os.path.dirname(keep_as))
             except FileNotFoundError as error:
                 raise Busy(f"{record.id} was changed by another operation") from error
         # A process that was stopped for so long that its claim counts as a dead one's must not remove what others have
@@ -1224,6 +1235,10 @@ class Store:
         """Give the names of the claims in the folder of jobs."""
         return [name for name in self._job_names() if not is_record(name)]
 
+    def lease_claims(self) -> list[str]:
+        """Give the names of the claims on the lease, which lie in the pool's top directory."""
+        return [name for name in _names(self.root) if _LEASE_CLAIM.fullmatch(name)]
+
     def note_over(self, job: JobRecord) -> None:
         """Say that a job of this process is over, though its record could not be removed."""
         self._jobs_over.add(job.id)
@@ -1333,7 +1348,7 @@ class Store:
 
         Says whether it did that; the record may have changed then.
         """
-        directory = f"{self.root}/{folder}/{shard}".rstrip("/")  # the trash has no shards
+        directory = f"{self.root}/{folder}/{shard}".rstrip("/")  # the trash has no shards, the lease no folder
         return self._resolve_claim(f"{directory}/{name.rpartition('.g')[0]}", f"{directory}/{name}")
 
     def discard_stray(self, folder: str, shard: str, name: str) -> None:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from controller_kit import BLOCK_BYTES, QEMU_DIR, SIZE_BYTES, Kit, tools, tree
+from gates import DiedError, dies_before
 from merging_kit import begin, is_clean, two_layers
 
 from csi_quobyte.engine import collector, merging
@@ -258,6 +259,18 @@ def test_lease_of_another_host_is_taken_only_after_it_was_not_renewed_for_long(
         assert not mine.hold(kit.store)
     now = LEASE_S + 2
     assert mine.hold(kit.store)
+
+
+def test_interrupted_change_of_the_lease_is_ended_by_the_collector(kit: Kit, impatient: None) -> None:
+    assert Lease().hold(kit.store)
+    died = Kit(Store(kit.store.root, observer=dies_before("rename", "collector.json")))
+    with pytest.raises(DiedError):
+        died.store.swap(died.store.find_lease(), died.store.find_lease())
+    died.store.close()
+    assert kit.store.lease_claims()
+    assert kit.findings() == {"stale-claim"}
+    kit.sweep_until_quiet()
+    assert kit.store.lease_claims() == []
 
 
 def test_gc_collects_and_merges_everything(kit: Kit) -> None:
