@@ -283,11 +283,12 @@ class Steps:
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._ownership.file_mode)
             except FileExistsError:
-                return
-            try:
-                self._own(fd, self._ownership.file_mode)
-            finally:
-                os.close(fd)
+                pass  # whoever made it may have died before it was durable
+            else:
+                try:
+                    self._own(fd, self._ownership.file_mode)
+                finally:
+                    os.close(fd)
             if sync:
                 self.sync(os.path.dirname(path))
 

@@ -324,6 +324,15 @@ def test_what_is_done_and_cannot_be_made_durable_is_not_final(store: Store, monk
     assert store.markers(layer.id) == [MARKER]
 
 
+def test_marker_that_is_there_already_is_made_durable(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made it may have died before he did that."""
+    layer = store.make_layer(layer_record(), MARKER, lambda _: None)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    store.mark(layer.id, MARKER)
+    assert synced == [store.refs_path(layer.id)]
+
+
 def test_mark_and_unmark_done_before_are_success(store: Store) -> None:
     layer = whole_layer(store, MARKER)
     other = records.child_marker("b" * 24)
