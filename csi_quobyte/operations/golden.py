@@ -79,6 +79,7 @@ def import_image(store: Store, tools: QemuTools, request: ImportRequest, watch: 
 def _check_free(store: Store, image_id: str, name: str) -> None:
     present = store.find_image(image_id)
     if present and present.state is ImageState.READY:
+        store.settle(present)
         raise AlreadyExists(f"image {name!r} exists; remove it first, volumes made from it stay")
 
 

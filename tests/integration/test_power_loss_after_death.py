@@ -143,12 +143,13 @@ def fails_once(store: Store, step: str, part: str) -> None:
 # --- every operation, every such moment ------------------------------------------------------------------------
 
 
-def goes_on(kit: Kit, step: Step, who: str, model: Model) -> None:
+def goes_on(kit: Kit, step: Step, who: str, model: Model, recorder: Recorder) -> None:
     """Let others go on, and note in the model what they were told."""
     if "collector" in who:
         kit.sweep_until_quiet()
     if "other" in who:
         kit.write("v", 5)
+        recorder.flushed_outside()
         kit.snapshot("other", of="v")
         model.update({"v": (5, 2, 3), "snapshot other": (5, 2, 3)})
     if "retry" in who:
@@ -198,8 +199,7 @@ def try_all(source: Path, as_new: Files, step: Step, before: Model, whos: Sequen
                 if CUTS and dice.random() > SAMPLES / 20:
                     continue
                 kit = Kit(Store(str(root)))
-                goes_on(kit, step, who, model)
-                recorder.flushed_outside()
+                goes_on(kit, step, who, model, recorder)
                 kit.store.close()
             recorder.check_complete()
             for luck in dice.sample(LUCKS, 1) if CUTS else LUCKS:
