@@ -143,14 +143,15 @@ class Subject:
 
         add("CreateVolume", create)
         volume_id = made[0]
-        add("ControllerPublishVolume", lambda: client.attach(volume_id, capability=block_capability()))
-        add("ControllerUnpublishVolume", lambda: client.detach(volume_id))
 
         def snapshot() -> None:
             made[0] = client.snapshot(name, volume_id).snapshot_id
 
+        # before the volume is detached by nobody who says that it has closed it: then snapshots have to wait
         add("CreateSnapshot", snapshot)
         add("ControllerGetVolume", partial(get_volume, client, volume_id))
+        add("ControllerPublishVolume", lambda: client.attach(volume_id, capability=block_capability()))
+        add("ControllerUnpublishVolume", lambda: client.detach(volume_id))
         add("DeleteSnapshot", lambda: client.delete_snapshot(made[0]))
         add("DeleteVolume", lambda: client.delete(volume_id))
 
