@@ -19,15 +19,16 @@ import re
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, NotFound, Refused, Unavailable
 from csi_quobyte.pool import records
-from csi_quobyte.pool.locks import Locks, is_written_by_qemu, try_lock
+from csi_quobyte.pool.locks import Locks, is_written_by_qemu
+from csi_quobyte.pool.presence import Presence
 from csi_quobyte.pool.records import (
     Closed,
     Content,
@@ -71,6 +72,9 @@ _READ_BYTES = 1 << 16  # at a time: a buffer of a MiB for each small record cost
 _CLAIM_PATIENCE_S = 2.0
 _REREAD_PAUSE_S = 1.1
 _JOB_S = 600.0  # a job that is not renewed for so long, by the clock of who looks, is over
+_NOTE_FRESH_S = (
+    60.0  # so long another place's note of progress, which is written every second, tells of something alive
+)
 
 
 def _open_surely(path: str) -> int | None:
@@ -274,9 +278,8 @@ class Store:
         self.format = read_format(root)
         self._identity = _identity_of(root)
         self.locks = Locks(f"{root}/lock")
-        self._token = uuid.uuid4().hex[:16]
-        self._token_fd = self._lock_token()
-        self._steps = Steps(f"{root}/tmp", self._token, _ownership(self.format), observer)
+        self._presence = Presence(root)
+        self._steps = Steps(f"{root}/tmp", self.token, _ownership(self.format), observer)
         self._claims_seen: dict[str, tuple[int, float]] = {}
         self._claims_guard = threading.Lock()
         self._jobs_over: set[str] = set()
@@ -284,36 +287,21 @@ class Store:
 
     def close(self) -> None:
         """Let go of the pool; what is still running keeps its own open files."""
-        os.close(self._token_fd)
-
-    def _lock_token(self) -> int:
-        """Hold the lock of this process's token as long as it lives: temporaries of a token without lock are stale."""
-        path = f"{self.root}/lock"
-        with translated(path):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        if not try_lock(fd, self._token):
-            os.close(fd)
-            raise Unavailable(f"{path} gives no locks")
-        return fd
+        self._presence.close()
 
     @property
     def token(self) -> str:
         """What tells this process from all others, for as long as the store is open."""
-        return self._token
+        return self._presence.token
 
     @property
     def place(self) -> str:
-        """What tells this mount on this running host from all others: inside one place, locks are right.
-
-        The kernel's boot id, and the device number, which a mount keeps as long as a process uses it.
-        """
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        with translated(self.root):
-            return f"{boot_id}/{os.stat(self.root).st_dev:x}"
+        """What tells this mount on this running host from all others: inside one place, locks are right."""
+        return self._presence.place
 
     def is_alive(self, token: str) -> bool:
         """Say whether the process of a token lives, as far as this mount's locks tell (see `place`)."""
-        return token == self._token or self._token_is_held(token)
+        return self._presence.is_alive(token)
 
     @property
     def prefix(self) -> str:
@@ -1201,21 +1189,20 @@ class Store:
         return foreign
 
     def stale_temporaries(self) -> list[str]:
-        """Give the temporary files that nobody will use: those whose process no longer lives (as this mount tells, and
-        its job's record), and those of this process that could not be removed at their time.
+        """Give the temporary files that nobody will use, and those of this process that could not be removed at their
+        time. Nobody uses those whose process does not live: as this mount's locks tell, or in another place, when no
+        file of the process has changed for ten minutes; in both, when its job's record does not say otherwise.
         """
         directory = f"{self.root}/tmp"
-        stale = []
-        names = _names(directory)
+        paths_of: defaultdict[str, list[str]] = defaultdict(list)
+        for name in _names(directory):
+            if _TEMPORARY.fullmatch(name):  # another is not ours: check reports it
+                paths_of[name.partition(".")[0]].append(f"{directory}/{name}")
         working = self._working_tokens()  # a job is there before its files are, so it is looked for after them
-        for name in names:
-            if not _TEMPORARY.fullmatch(name):
-                continue  # not ours: check reports it
-            token = name.partition(".")[0]
-            path = f"{directory}/{name}"
-            is_kept = working is None or token in working or self.is_alive(token)
-            if path in self._steps.abandoned or not is_kept:
-                stale.append(path)
+        stale = []
+        for token, paths in paths_of.items():
+            is_kept = working is None or token in working or self._presence.is_using(token, paths)
+            stale += [path for path in paths if path in self._steps.abandoned or not is_kept]
         return stale
 
     def _working_tokens(self) -> set[str] | None:
@@ -1259,15 +1246,6 @@ class Store:
             return False
         return time.monotonic() - seen[2] > _JOB_S
 
-    def _token_is_held(self, token: str) -> bool:
-        path = f"{self.root}/lock"
-        with translated(path):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return not try_lock(fd, token)
-        finally:
-            os.close(fd)
-
     def discard_temporary(self, path: str) -> None:
         """Remove a temporary file, a stale one or one's own.
 
@@ -1283,19 +1261,21 @@ class Store:
 
     def put_progress(self, layer_id: str, current_bytes: int, total_bytes: int) -> None:
         """Note how far the filling of a layer is, for whoever asks; not durable, and gone with this process."""
-        path = f"{self.root}/tmp/{self._token}.{layer_id[:12]}"
+        path = f"{self.root}/tmp/{self.token}.{layer_id[:12]}"
         self._steps.scribble(path, records.encode(Progress(current_bytes=current_bytes, total_bytes=total_bytes)))
 
     def drop_progress(self, layer_id: str) -> None:
         """Forget this process's note of how far the filling of a layer is."""
-        self._steps.scribble(f"{self.root}/tmp/{self._token}.{layer_id[:12]}", None)
+        self._steps.scribble(f"{self.root}/tmp/{self.token}.{layer_id[:12]}", None)
 
     def progress(self, layer_id: str) -> Progress | None:
-        """Give how far some process is with filling a layer, None if none says so."""
+        """Give how far some process, here or on another host, is with filling a layer, None if none says so."""
         for path in self._progress_paths(layer_id):
-            with suppress(Corrupt):  # it is being written
-                if (found := self._find(Progress, path)) and self.is_alive(os.path.basename(path).partition(".")[0]):
-                    return found
+            token = os.path.basename(path).partition(".")[0]
+            if self._presence.is_using(token, [path], untouched_s=_NOTE_FRESH_S):
+                with suppress(Corrupt):  # it is being written
+                    if found := self._find(Progress, path):
+                        return found
         return None
 
     def prove_primitives(self) -> None:
@@ -1304,7 +1284,7 @@ class Store:
         Raises:
             Refused: the mount does not do what format 1 needs; the message says which operation.
         """
-        directory = f"{self.root}/tmp/{self._token}.doctor"
+        directory = f"{self.root}/tmp/{self.token}.doctor"
         first = self._steps.write_temporary(lambda fd: write_whole(fd, b"1"))
         second = self._steps.write_temporary(lambda fd: write_whole(fd, b"2"))
         try:
@@ -1325,7 +1305,7 @@ class Store:
             self._steps.rename(second, f"{directory}/name")
             if _read(f"{directory}/name") != b"2":
                 raise Refused("rename(2) did not replace a file")
-            if not self._token_is_held(self._token):
+            if not self._presence.is_held(self.token):
                 raise Refused("locks on open files do not exclude each other on this mount")
         finally:
             for path in (first, second, f"{directory}/name"):

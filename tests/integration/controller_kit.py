@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from csi_quobyte.engine import check as check_module
 from csi_quobyte.engine import collector, copying, index, layers, merging, trash
 from csi_quobyte.engine.merger import end_begun, work_in
@@ -22,8 +24,10 @@ from csi_quobyte.operations import golden, snapshots, volumes
 from csi_quobyte.operations.capacity import Provisioned
 from csi_quobyte.operations.snapshots import SnapshotRequest
 from csi_quobyte.operations.volumes import AttachRequest, CreateRequest
-from csi_quobyte.pool import images, records
+from csi_quobyte.pool import images, presence, records
+from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.chain import chain_of
+from csi_quobyte.pool.presence import Presence
 from csi_quobyte.pool.records import (
     Attachment,
     LayerRecord,
@@ -121,6 +125,21 @@ def qemu_io(disk: str, *commands: str, read_only: bool) -> int:
     if done.returncode and "Pattern verification failed" not in done.stdout:
         raise RuntimeError(f"qemu-io {commands} on {disk}: {done.stdout}{done.stderr}")
     return done.returncode
+
+
+class _WithoutLocks(Presence):
+    def is_held(self, token: str) -> bool:
+        return token == self.token
+
+
+class Elsewhere(Store):
+    """The pool as another host has it mounted: no lock reaches there."""
+
+    def __init__(self, root: str | Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(presence, "_place_of", lambda _: "another host")
+            patch.setattr(store_module, "Presence", _WithoutLocks)
+            super().__init__(str(root))
 
 
 class CopiesAtOnce:

@@ -79,6 +79,13 @@ def leave_claim(kit: Kit) -> None:
     os.link(path, f"{path}.g9")
 
 
+def leave_temporary(kit: Kit) -> None:
+    """What a process of a host that was started anew since has left."""
+    path = Path(kit.store.root, "tmp", "0123456789abcdef.0123456789ab")
+    path.touch()
+    os.utime(path, (0.0, 0.0))
+
+
 MADE: dict[str, Callable[[Kit], object]] = {
     "unreadable-record": lambda kit: tear(kit, "snapshots", kit.snapshot_id("s")),
     "missing-layer": lose_layer_record,
@@ -94,7 +101,7 @@ MADE: dict[str, Callable[[Kit], object]] = {
     "orphan-layer": leave_orphan,
     "orphan-file": lambda kit: Path(kit.store.root, "layers", "ab", "ab" + "0" * 22 + ".raw").touch(),
     "stale-claim": leave_claim,
-    "stale-temporary": lambda kit: Path(kit.store.root, "tmp", "0123456789abcdef.0123456789ab").touch(),
+    "stale-temporary": leave_temporary,
     "foreign-file": lambda kit: Path(kit.store.root, "layers", "00", "README").touch(),
 }
 ERRORS = {"unreadable-record", "missing-layer", "missing-image", "missing-marker"} | {

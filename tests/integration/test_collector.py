@@ -11,6 +11,7 @@ from csi_quobyte.engine import collector, index
 from csi_quobyte.errors import Busy, Corrupt
 from csi_quobyte.pool import records
 from csi_quobyte.pool.records import VolumeState
+from csi_quobyte.pool.store import Store
 
 
 def record_of(kit: Kit, folder: str, record_id: str) -> Path:
@@ -67,7 +68,9 @@ def test_leftovers_of_every_kind_are_removed(kit: Kit) -> None:
     (root / "layers" / "ab" / f"{layer_id}.refs").mkdir()
     (root / "layers" / "ab" / f"{layer_id}.refs" / f"c-{records.new_layer_id()}").touch()
     (root / "volumes" / "00" / f"{kit.store.prefix}-vol-{'0' * 32}.content-01234567").touch()
-    (root / "tmp" / "0123456789abcdef.0123456789ab").touch()
+    left = Store(kit.store.root)
+    (root / "tmp" / f"{left.token}.0123456789ab").touch()
+    left.close()
     assert kit.findings() == {"orphan-file", "stale-marker", "stale-temporary"}
     kit.sweep_until_quiet()
     assert tree(kit.store.root) == new

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from controller_kit import SIZE_BYTES, Kit, qemu_io, read_disk, tools, tree, write_disk
+from controller_kit import SIZE_BYTES, Elsewhere, Kit, qemu_io, read_disk, tools, tree, write_disk
 
 from csi_quobyte.config import PoolSpec
-from csi_quobyte.engine import copying
+from csi_quobyte.engine import collector, copying
 from csi_quobyte.engine.collector import Collector
 from csi_quobyte.engine.copying import Copier
 from csi_quobyte.errors import AlreadyExists, Busy, Exhausted, Refused, Unavailable
@@ -251,6 +251,16 @@ def test_two_controllers_make_one_copy(slow: Kit) -> None:
     until_ready(other, copy_of_s(other))
     assert holds(slow, "n", 7)
     other.store.close()
+
+
+def test_collector_of_another_host_lets_a_copy_be(slow: Kit) -> None:
+    begin(slow, copy_of_s(slow))
+    far = Elsewhere(slow.store.root)
+    before = sorted(temporaries(slow))
+    collector.sweep(far)
+    assert sorted(temporaries(slow)) == before
+    assert far.progress(slow.store.volume(slow.volume_id("n")).head)
+    far.close()
 
 
 def test_what_ended_in_both_controllers_at_once_is_made_by_one(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from controller_kit import QEMU_DIR, SIZE_BYTES, Kit, qemu_io, tools, tree, write_disk
+from controller_kit import QEMU_DIR, SIZE_BYTES, Elsewhere, Kit, qemu_io, tools, tree, write_disk
 from merging_kit import begin, two_layers
 from running import qemu_img
 from test_crash_steps import EVERY, SEED, Runner
@@ -497,14 +497,6 @@ def test_unfinished_file_of_an_export_that_lives_is_left_alone(
 
 def test_process_of_another_host_that_is_gone(written: Kit, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The collector there sees none of its locks: it waits until the record is not renewed any more."""
-
-    class Elsewhere(Store):
-        @property
-        def place(self) -> str:
-            return "another host"
-
-        def is_alive(self, token: str) -> bool:
-            return token == self.token
 
     elsewhere = Elsewhere(written.store.root)
     once = Once(lambda: [collector.sweep(elsewhere) for _ in range(3)])

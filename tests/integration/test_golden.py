@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from controller_kit import QEMU_DIR, Kit, qemu_io, tools, tree
+from controller_kit import QEMU_DIR, Elsewhere, Kit, qemu_io, tools, tree
 from test_collector import add_garbage, tear
 from test_crash_steps import EVERY, SEED
 from test_repair import same
@@ -374,17 +374,6 @@ def test_layers_that_a_job_reads_are_not_merged(two_clones: Kit) -> None:
         assert kit.merge_all() == []
     assert kit.merge_all() == ["up"]
     assert kit.holds("v", 0, 5, 6)
-
-
-class Elsewhere(Store):
-    """A store on another host: no lock reaches there."""
-
-    @property
-    def place(self) -> str:
-        return "another host"
-
-    def is_alive(self, token: str) -> bool:
-        return token == self.token
 
 
 def test_import_on_another_host_is_left_alone_until_it_is_not_renewed(

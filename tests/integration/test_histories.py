@@ -602,17 +602,20 @@ class Histories:
         assert left == self.as_new
 
     def _merge_until_quiet(self) -> None:
-        """Collect with merges; what a killed collector has left of a claim of the lease is dropped some time later."""
+        """Collect with merges, on each mount: only there the temporaries and the lease of who was killed are a dead
+        process's at once. What a killed collector has left of a claim of the lease is dropped some time later.
+        """
         deadline = time.monotonic() + QUIET_S
-        while True:
-            self._end_merges()
-            try:
-                self.servicers[0].collect()
-            except Busy:
-                assert time.monotonic() < deadline, "the lease stays taken"
-                time.sleep(0.02)
-            else:
-                return
+        for servicer in reversed(self.servicers):
+            while True:
+                self._end_merges()
+                try:
+                    servicer.collect()
+                except Busy:
+                    assert time.monotonic() < deadline, "the lease stays taken"
+                    time.sleep(0.02)
+                else:
+                    break
 
 
 class TwoControllers(Histories):

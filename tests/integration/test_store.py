@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from controller_kit import OWNER, Kit, tree
+from controller_kit import OWNER, Elsewhere, Kit, tree
 
 from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
 from csi_quobyte.pool import images, records
 from csi_quobyte.pool import store as store_module
-from csi_quobyte.pool.records import LayerRecord, LayerState, Modes, Owner, VolumeState
+from csi_quobyte.pool.records import LayerRecord, LayerState, Modes, Owner, Progress, VolumeState
 from csi_quobyte.pool.store import Store, initialise, read_format
 
 INCREMENTS = int(os.environ.get("CSI_QUOBYTE_INCREMENTS", "500"))  # by each of two processes; make scale: 5000
@@ -524,14 +524,37 @@ def test_S12_every_file_has_the_default_modes_whatever_the_umask(tmp_path: Path)
 
 
 def test_temporaries_of_a_dead_process_are_stale_and_those_of_a_living_one_are_not(pool: Path, store: Store) -> None:
-    living = Store(str(pool))
-    alive = pool / "tmp" / f"{living._token}.000000000001"
-    dead = pool / "tmp" / "0123456789abcdef.000000000002"
-    alive.touch()
-    dead.touch()
-    assert store.stale_temporaries() == [str(dead)]
+    living, dead = Store(str(pool)), Store(str(pool))
+    files = [pool / "tmp" / f"{one.token}.00000000000{number}" for number, one in enumerate((living, dead))]
+    for file in files:
+        file.touch()
+    dead.close()
+    assert store.stale_temporaries() == [str(files[1])]
     living.close()
-    assert store.stale_temporaries() == sorted([str(alive), str(dead)])
+    assert sorted(store.stale_temporaries()) == sorted(map(str, files))
+
+
+def test_temporaries_of_another_host_are_stale_when_none_of_them_has_changed_for_long(pool: Path, store: Store) -> None:
+    far = Elsewhere(pool)
+    old, new = (pool / "tmp" / f"{far.token}.00000000000{number}" for number in range(2))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0.0, 0.0))
+    far.close()  # its lock says that it is dead; on another host nobody would see it
+    assert store.stale_temporaries() == []
+    os.utime(new, (0.0, 0.0))
+    assert sorted(store.stale_temporaries()) == [str(old), str(new)]
+
+
+def test_progress_is_seen_from_another_host_while_it_is_noted(pool: Path, store: Store) -> None:
+    far, layer_id = Elsewhere(pool), records.new_layer_id()
+    store.put_progress(layer_id, 1, 2)
+    assert far.progress(layer_id) == Progress(current_bytes=1, total_bytes=2)
+    os.utime(pool / "tmp" / f"{store.token}.{layer_id[:12]}", (0.0, 0.0))
+    assert far.progress(layer_id) is None
+    assert store.progress(layer_id)
+    store.drop_progress(layer_id)
+    far.close()
 
 
 def test_primitives_are_proved_and_nothing_is_left(store: Store) -> None:

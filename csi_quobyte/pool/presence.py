@@ -1,0 +1,99 @@
+"""Which processes work on a pool, as far as one of them can see: tokens, and the places where locks are right.
+
+A process has a random token, by which its temporary files, its jobs and its lease are known, and holds the lock of
+that name as long as it lives. Another process at the same place (one mount on one running host) sees by the lock at
+once that it has died. The locks of another place say nothing; what a process there uses shows by its changes.
+"""
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from csi_quobyte.errors import Unavailable
+from csi_quobyte.pool.locks import try_lock
+from csi_quobyte.pool.steps import translated
+
+UNTOUCHED_S: Final = 600.0
+"""When a process of another place has changed none of its temporary files for so long, it has died."""
+_TOKEN_DIGITS = 16
+_PLACE_DIGITS = 6
+
+
+class Presence:
+    """This process's own presence, and what it sees of others."""
+
+    def __init__(self, root: str) -> None:
+        """Appear in the pool at `root`.
+
+        Raises:
+            Unavailable: the mount gives no locks.
+        """
+        self._path = f"{root}/lock"
+        self.place: Final = _place_of(self._path)
+        """Tells this mount on this running host from all others: inside one place, locks are right."""
+        self._of_place = hashlib.sha256(self.place.encode()).hexdigest()[:_PLACE_DIGITS]
+        self.token: Final = self._of_place + uuid.uuid4().hex[: _TOKEN_DIGITS - _PLACE_DIGITS]
+        """Tells this process from all others; its first digits are the same for all of one place."""
+        self._fd = self._lock_token()
+
+    def close(self) -> None:
+        """Disappear: for others at this place, this process is dead from now on."""
+        os.close(self._fd)
+
+    def _lock_token(self) -> int:
+        fd = self._opened()
+        if not try_lock(fd, self.token):
+            os.close(fd)
+            raise Unavailable(f"{self._path} gives no locks")
+        return fd
+
+    def _opened(self) -> int:
+        with translated(self._path):
+            return os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+
+    def is_held(self, token: str) -> bool:
+        """Say whether a process at this place, this one too, holds the lock of a token."""
+        fd = self._opened()
+        try:
+            return not try_lock(fd, token)
+        finally:
+            os.close(fd)
+
+    def is_alive(self, token: str) -> bool:
+        """Say whether the process of a token lives, as far as the locks of this place tell."""
+        return token == self.token or self.is_held(token)
+
+    def is_using(self, token: str, paths: Iterable[str], *, untouched_s: float = UNTOUCHED_S) -> bool:
+        """Say whether the process of a token may live, at any place: one elsewhere does while one of `paths`, the files
+        that it is at work on, has changed less than `untouched_s` ago.
+
+        Clocks are compared: one that is wrong by minutes costs a copy that begins again, or a file that stays longer.
+        """
+        if self.is_alive(token):
+            return True
+        if token.startswith(self._of_place):
+            return False
+        return any(_age_s(path) < untouched_s for path in paths)
+
+
+def _place_of(lock_path: str) -> str:
+    """Give the kernel's boot id, and device and inode number of the lock file, which is what the kernel locks by.
+
+    A mount keeps its device number as long as a process has a file of it open.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    with translated(lock_path):
+        found = os.stat(lock_path)
+    return f"{boot_id}/{found.st_dev:x}/{found.st_ino:x}"
+
+
+def _age_s(path: str) -> float:
+    """Give how many seconds ago a file was changed; infinite when there is none."""
+    with translated(path), suppress(FileNotFoundError):
+        return time.time() - os.stat(path).st_mtime
+    return float("inf")
