@@ -34,23 +34,23 @@ class Presence:
             Unavailable: the mount gives no locks.
         """
         self._path = f"{root}/lock"
-        self.place: Final = _place_of(self._path)
-        """Tells this mount on this running host from all others: inside one place, locks are right."""
-        self._of_place = hashlib.sha256(self.place.encode()).hexdigest()[:_PLACE_DIGITS]
-        self.token: Final = self._of_place + uuid.uuid4().hex[: _TOKEN_DIGITS - _PLACE_DIGITS]
-        """Tells this process from all others; its first digits are the same for all of one place."""
-        self._fd = self._lock_token()
+        self._fd = self._opened()
+        try:
+            with translated(self._path):
+                self.place: Final = _place_of(self._fd)
+                """Tells this mount on this running host from all others: inside one place, locks are right."""
+                self._of_place = hashlib.sha256(self.place.encode()).hexdigest()[:_PLACE_DIGITS]
+                self.token: Final = self._of_place + uuid.uuid4().hex[: _TOKEN_DIGITS - _PLACE_DIGITS]
+                """Tells this process from all others; its first digits are the same for all of one place."""
+                if not try_lock(self._fd, self.token):
+                    raise Unavailable(f"{self._path} gives no locks")
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def close(self) -> None:
         """Disappear: for others at this place, this process is dead from now on."""
         os.close(self._fd)
-
-    def _lock_token(self) -> int:
-        fd = self._opened()
-        if not try_lock(fd, self.token):
-            os.close(fd)
-            raise Unavailable(f"{self._path} gives no locks")
-        return fd
 
     def _opened(self) -> int:
         with translated(self._path):
@@ -81,14 +81,13 @@ class Presence:
         return any(_age_s(path) < untouched_s for path in paths)
 
 
-def _place_of(lock_path: str) -> str:
+def _place_of(lock_fd: int) -> str:
     """Give the kernel's boot id, and device and inode number of the lock file, which is what the kernel locks by.
 
-    A mount keeps its device number as long as a process has a file of it open.
+    Both numbers stay as they are, and are nobody else's, as long as a process has the file open.
     """
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    with translated(lock_path):
-        found = os.stat(lock_path)
+    found = os.fstat(lock_fd)
     return f"{boot_id}/{found.st_dev:x}/{found.st_ino:x}"
 
 
