@@ -606,16 +606,14 @@ class Histories:
         process's at once. What a killed collector has left of a claim of the lease is dropped some time later.
         """
         deadline = time.monotonic() + QUIET_S
-        for servicer in reversed(self.servicers):
-            while True:
-                self._end_merges()
-                try:
+        left = list(self.servicers)
+        while left:
+            assert time.monotonic() < deadline, "the lease stays taken"
+            self._end_merges()
+            for servicer in list(left):
+                with suppress(Busy):
                     servicer.collect()
-                except Busy:
-                    assert time.monotonic() < deadline, "the lease stays taken"
-                    time.sleep(0.02)
-                else:
-                    break
+                    left.remove(servicer)
 
 
 class TwoControllers(Histories):
