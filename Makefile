@@ -57,10 +57,10 @@ faults: setup ## every operation and merge with every call on the pool's files f
 	  tests/integration/test_faults_of_the_server.py tests/integration/test_faults_full_pool.py \
 	  tests/integration/test_faults_in_merges.py
 
-crash: setup ## every operation and merge killed before each durable step, and 30 times in each kind of merge
+crash: setup ## every operation, merge and node call killed before each durable step, and 30 times in each kind of merge
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 7200 crash -- \
 	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py \
-	  tests/integration/test_crash_states.py tests/integration/test_crash_merges.py \
+	  tests/integration/test_crash_states.py tests/integration/test_crash_merges.py tests/integration/test_crash_node.py \
 	  tests/integration/test_repair.py::test_repair_that_is_killed_before_a_step_is_ended_by_the_next_one \
 	  tests/integration/test_export.py::test_killed_before_any_step
 
@@ -70,7 +70,8 @@ soak: setup ## 500 random histories, one and two controllers; a minute of eight 
 
 power-loss: setup ## a power cut after every write, fsync and rename of every operation, what was not synced lost or torn
 	@CSI_QUOBYTE_POWER_CUTS=0 $(CONTAINED) 5400 power-loss -- \
-	  $(PYTHON) -m pytest --timeout 1800 -q -s tests/integration/test_power_loss.py tests/integration/test_power_loss_after_death.py
+	  $(PYTHON) -m pytest --timeout 1800 -q -s tests/integration/test_power_loss.py tests/integration/test_power_loss_after_death.py \
+	  tests/integration/test_growth_cut.py
 
 ##@ On a real Kubernetes (two nodes on this machine, without a registry; the first time builds it: 15 to 20 minutes)
 cluster-test: cluster-parts ## install the chart and follow volumes through their life, crashes and upgrades included

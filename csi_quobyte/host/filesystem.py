@@ -23,7 +23,7 @@ import os
 import re
 import shlex
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -371,17 +371,18 @@ def default_mount_options(fstype: str) -> tuple[str, ...]:
     return ("nouuid",) if fstype == "xfs" else ()
 
 
-def repair(device: str, fstype: str, *, timeout_s: float) -> None:
+def repair(device: str, fstype: str, *, timeout_s: float, after_growth: bool = False) -> None:
     """Bring an unmounted filesystem into a state that can be mounted: replay the journal, repair what is safe.
 
-    xfs needs nothing: it replays its log when it is mounted, and xfs_repair refuses to run before that.
+    xfs needs nothing: it replays its log when it is mounted, and xfs_repair refuses to run before that. With
+    `after_growth` all that is wrong is of a `grow_unmounted` that was interrupted: e2fsck decides everything itself.
 
     Raises:
         Refused: e2fsck found what only a human may decide (exit status 4 or more); the message has its last line.
         Unavailable: e2fsck was killed; CommandTimedOut: it did not end in time.
     """
     if fstype == "ext4":
-        _e2fsck(device, (), timeout_s)
+        _e2fsck(device, ("-f", "-y") if after_growth else ("-p",), timeout_s)
 
 
 def replay_journal(device: str, fstype: str, scratch_dir: str, *, timeout_s: float) -> None:
@@ -441,10 +442,21 @@ def grow(device: str, fstype: str, mountpoint: str, *, timeout_s: float = _GROW_
         ) from error
 
 
-def grow_unmounted(device: str, fstype: str, *, timeout_s: float = _CHECK_TIMEOUT_S) -> None:
+def has_to_grow_unmounted(device: str, fstype: str) -> bool:
+    """Tell whether a filesystem has to grow before it is mounted: an ext4, which the kernel grows for those with
+    CAP_SYS_RESOURCE only, on a device that has become longer. The errors of `needs_growth`.
+    """
+    return fstype == "ext4" and not _has_capability(_CAP_SYS_RESOURCE) and needs_growth(device, fstype, None)
+
+
+def grow_unmounted(
+    device: str, fstype: str, *, begin: Callable[[], object] = lambda: None, timeout_s: float = _CHECK_TIMEOUT_S
+) -> None:
     """Grow an unmounted ext4 to its device's size, after the full check that resize2fs demands.
 
-    For nodes without the right to grow it mounted. xfs only grows mounted: nothing is done.
+    For nodes without the right to grow it mounted, which is safer: resize2fs that is interrupted leaves what only
+    `repair` with `after_growth` makes whole again. `begin` is called before it, when the check has found the filesystem
+    whole. xfs only grows mounted: nothing is done.
 
     Raises:
         Refused: the check needs a human; or the growth exceeds what the filesystem has reserved room for (about a
@@ -462,7 +474,8 @@ def grow_unmounted(device: str, fstype: str, *, timeout_s: float = _CHECK_TIMEOU
             f"{device}: this ext4 can grow unmounted to {limit_blocks * superblock.block_bytes} bytes at most, wanted "
             f"{target_blocks * superblock.block_bytes}; it has to be grown mounted"
         )
-    _e2fsck(device, ("-f",), timeout_s)
+    _e2fsck(device, ("-f", "-p"), timeout_s)
+    begin()
     _run_or_refuse(["resize2fs", device], timeout_s, f"{device}: cannot grow its ext4")
 
 
@@ -612,7 +625,7 @@ def _run_or_refuse(argv: Sequence[str], timeout_s: float, failure: str) -> None:
 def _e2fsck(device: str, flags: Sequence[str], timeout_s: float) -> None:
     # e2fsck(8): 1 = errors corrected, 2 = and reboot, which concerns mounted filesystems only, 4 = errors left,
     # 8 = operational error. It speaks on stdout.
-    done = command.run(["e2fsck", "-p", *flags, device], timeout_s=timeout_s, ok_statuses=range(128))
+    done = command.run(["e2fsck", *flags, device], timeout_s=timeout_s, ok_statuses=range(128))
     if done.status >= 4:
         said = _one_line(f"{done.stdout}\n{done.stderr}")
         raise Refused(f"{device}: e2fsck ended with status {done.status}, this ext4 needs a human: {said}")

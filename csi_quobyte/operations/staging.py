@@ -816,8 +816,7 @@ def _ensure_mounted(
     filesystem.check_unused(device.path)
     _ensure_filesystem(store, volume, attachment, device, check_attached)
     check_attached()
-    filesystem.repair(device.path, volume.filesystem, timeout_s=FSCK_TIMEOUT_S)
-    filesystem.grow_unmounted(device.path, volume.filesystem)
+    _repair_and_grow(store, volume, attachment, device, check_attached)
     options = [*request.mount_options, *filesystem.default_mount_options(volume.filesystem)]
     if attachment.readonly:
         # the journal of a snapshot may be dirty: replayed first, because a read-only device cannot be
@@ -855,12 +854,43 @@ def _ensure_filesystem(
         filesystem.make(device.path, volume.filesystem, options=volume.mkfs_options, timeout_s=MKFS_TIMEOUT_S)
         store.put_content(volume, formatted)
         return
+    if content and content.growing:
+        return  # it may not even be recognised before it is repaired
     found = filesystem.probe(device.path)
     if found != volume.filesystem:
         raise Refused(
             f"volume {volume.id} should hold {volume.filesystem}, its device holds {found or 'nothing known'}"
         )
     if content is None or content.state != "formatted":
+        store.put_content(volume, formatted)
+
+
+def _repair_and_grow(
+    store: Store,
+    volume: VolumeRecord,
+    attachment: Attachment,
+    device: LoopDevice,
+    check_attached: Callable[[], None],
+) -> None:
+    """Make a file system whole, and as large as its device if it cannot grow mounted.
+
+    resize2fs that is interrupted leaves an ext4 that e2fsck repairs only if it may decide all by itself, as it may not
+    otherwise: the note `growing`, which a snapshot inherits, says that it may, from before resize2fs until after it.
+    """
+    content = store.content(volume)
+    was_growing = content is not None and content.growing
+    formatted = Content(state="formatted", filesystem=volume.filesystem, generation=attachment.generation)
+
+    def begin_growth() -> None:
+        check_attached()
+        store.put_content(volume, replace(formatted, growing=True))
+        check_attached()
+
+    filesystem.repair(device.path, volume.filesystem, timeout_s=FSCK_TIMEOUT_S, after_growth=was_growing)
+    has_to_grow = filesystem.has_to_grow_unmounted(device.path, volume.filesystem)
+    if has_to_grow:
+        filesystem.grow_unmounted(device.path, volume.filesystem, begin=begin_growth)
+    if has_to_grow or was_growing:
         store.put_content(volume, formatted)
 
 

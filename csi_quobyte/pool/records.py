@@ -99,11 +99,13 @@ class Content:
 
     formatting: our mkfs was started and nothing else ever wrote; formatted: holds `filesystem`;
     raw: given to a pod as a block device, so anything may be there. `generation` is the attachment's that wrote it.
+    `growing`: our resize2fs was started on the unmounted ext4, which was whole, and nothing else wrote since.
     """
 
     state: Literal["formatting", "formatted", "raw"]
     filesystem: str = ""
     generation: int = 0
+    growing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

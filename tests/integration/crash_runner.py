@@ -2,9 +2,10 @@
 
 Reads lines of JSON from standard input: {"root", "operation", "kill_at", "in_job_s"}; answers each with one line
 {"steps", "killed"}: how many durable steps the child began, and whether it was killed. An operation is a name, or a
-call of the servicer as a line of text (servicer_kit). The moment is before the durable step number `kill_at` (0: none),
-or `in_job_s` seconds after a merge has begun to move data, or a call has begun (null: not then). It has one thread and
-imports everything before the first fork, so that a kill costs milliseconds and not the start of a Python.
+call of the servicer (servicer_kit) or of a node (node_kit) as a line of text. The moment is before the durable step
+number `kill_at` (0: none), or `in_job_s` seconds after a merge has begun to move data, or a call has begun (null: not
+then). It has one thread and imports everything before the first fork, so that a kill costs milliseconds and not the
+start of a Python.
 """
 
 import json
@@ -18,6 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import node_kit
 import servicer_kit
 from controller_kit import SIZE_BYTES, Kit, tools
 
@@ -202,6 +204,9 @@ def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
     def in_job() -> None:
         os.pwrite(report, b"\1", _IN_JOB_OFFSET)
 
+    if operation.startswith('{"node"'):
+        node_kit.make_call(root, operation, observe, in_job)
+        return
     if operation.startswith("{"):
         servicer_kit.make_call(root, operation, observe, in_job)
         return

@@ -42,11 +42,13 @@ Attempt = Callable[..., Any]
 
 
 @contextmanager
-def machine_of(*, pools: Sequence[str] = ("main",), backing: Path | None = None) -> Iterator[Machine]:
+def machine_of(
+    *, pools: Sequence[str] = ("main",), backing: Path | None = None, standin: bool = True
+) -> Iterator[Machine]:
     """Make a machine without processes in a new directory with a short path, and clear it away in any case."""
     base = Path(tempfile.mkdtemp(prefix="cq-", dir=scratch.directory()))
     try:
-        with Machine(base, pools=pools, backing=backing) as machine:
+        with Machine(base, pools=pools, backing=backing, standin=standin) as machine:
             yield machine
     finally:
         shutil.rmtree(base, ignore_errors=True)

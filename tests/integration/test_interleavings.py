@@ -12,24 +12,20 @@ from typing import Any, TypeVar
 
 import pytest
 from controller_kit import Kit
-from controller_kit import tools as find_qemu
 from gates import DiedError, Gate, background, dies_before
+from node_kit import Host, host_on
 from running import MIB, Code, eventually, fails, machine_of, running
 
 from csi_quobyte.config import PoolSpec
 from csi_quobyte.engine import collector, layers
 from csi_quobyte.errors import Busy, Refused, Unavailable
-from csi_quobyte.host import filesystem, loop
-from csi_quobyte.host.loop import LoopDevice
-from csi_quobyte.host.qsd import Daemons
-from csi_quobyte.host.staged import StagedNotes
-from csi_quobyte.operations.staging import TAG_PREFIX, Node, PublishRequest, StageRequest
+from csi_quobyte.host import filesystem
+from csi_quobyte.operations.staging import PublishRequest
 from csi_quobyte.pool import images
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.pools import Pools
-from csi_quobyte.pool.records import Content, SnapshotState, VolumeRecord, VolumeState
+from csi_quobyte.pool.records import Content, SnapshotState, VolumeState
 from csi_quobyte.pool.sizes import SizeRange
-from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store
 from csi_quobyte.rpc.node import Attachments, Fence
 from lab.client import Client
@@ -41,63 +37,9 @@ T = TypeVar("T")
 DEADLINE_S = 20.0
 SIZE = SizeRange(64 * MIB)
 BLOCK: dict[str, Any] = {"size": SIZE, "access_type": "block", "filesystem": ""}
-AS_BLOCK: dict[str, Any] = {"access_type": "block", "filesystem": ""}
 
 
 # --- two hosts -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Host:
-    """One host: its mount of the pool, its operations, its node."""
-
-    name: str
-    base: Path
-    kit: Kit
-    node: Node
-    daemons: Daemons
-
-    def observed(self, observer: Observer) -> Kit:
-        """The same host with another process whose steps are observed."""
-        return Kit(Store(self.kit.store.root, observer=observer))
-
-    @property
-    def staging_path(self) -> Path:
-        return self.base / f"staging-{self.name}"
-
-    def attach(self, volume: VolumeRecord) -> int:
-        changes = AS_BLOCK if volume.access_type == "block" else {}
-        return self.kit.attach(volume.name, node=self.name, **changes).generation
-
-    def detach(self, volume: VolumeRecord) -> None:
-        self.kit.detach(volume.name, node=self.name)
-
-    def stage(self, volume: VolumeRecord, generation: int) -> Path:
-        request = StageRequest(
-            volume_id=volume.id,
-            generation=generation,
-            staging_path=str(self.staging_path),
-            access_type=volume.access_type,
-            filesystem=volume.filesystem,
-            mount_options=(),
-        )
-        self.node.stage(self.kit.store, request)
-        return self.staging_path
-
-    def unstage(self, volume: VolumeRecord, *, stale: bool = False) -> None:
-        self.node.unstage(volume.id, str(self.staging_path), stale=stale)
-
-    def find_device(self, volume: VolumeRecord) -> LoopDevice | None:
-        return loop.find(loop.tag_of(TAG_PREFIX, self.node._key(volume.id)))
-
-    def device(self, volume: VolumeRecord) -> str:
-        found = self.find_device(volume)
-        assert found is not None
-        return found.path
-
-    def daemon_pid(self, volume: VolumeRecord) -> int | None:
-        found = self.daemons.find(self.node._key(volume.id))
-        return found.pid if found else None
 
 
 @dataclass(frozen=True)
@@ -121,20 +63,11 @@ def _same(seen: Path, path: Path) -> bool:
     return seen.exists() and seen.read_bytes() == path.read_bytes()
 
 
-def host_on(machine: Machine, name: str, root: Path) -> Host:
-    qemu, state = find_qemu(), str(machine.base / f"state-{name}")
-    daemons = Daemons(qemu, state)
-    node = Node(
-        node_id=name,
-        driver_name="interleavings",
-        tools=qemu,
-        daemons=daemons,
-        notes=StagedNotes(state),
-        allow_untested_qemu=False,
-    )
-    kit = Kit(Store(str(root)))
-    kit.add_node(name)
-    return Host(name, machine.base, kit, node, daemons)
+def known_host(machine: Machine, name: str, root: Path) -> Host:
+    """Give a host whose node the controllers know."""
+    host = host_on(machine.base, name, root)
+    host.kit.add_node(name)
+    return host
 
 
 @pytest.fixture
@@ -143,8 +76,8 @@ def hosts() -> Iterator[Hosts]:
         machine.standins["b"] = StandIn(machine.directories["main"], machine.base / "b")
         made = Hosts(
             machine,
-            host_on(machine, "a", machine.pools["main"]),
-            host_on(machine, "b", machine.standins["b"].path),
+            known_host(machine, "a", machine.pools["main"]),
+            known_host(machine, "b", machine.standins["b"].path),
         )
         yield made
         for host in (made.a, made.b):

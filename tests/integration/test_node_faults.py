@@ -15,15 +15,15 @@ from typing import Any
 
 import grpc
 import pytest
+from node_kit import Host
 from running import MIB, discard, eventually, machine_of, read_tree, write_tree
-from test_interleavings import BLOCK, SIZE, Host, Hosts, host_on, hosts
+from test_interleavings import BLOCK, SIZE, Hosts, hosts, known_host
 
 from csi_quobyte.config import PoolSpec
 from csi_quobyte.errors import Busy, Refused, Unavailable
 from csi_quobyte.host import filesystem, loop
 from csi_quobyte.host.qsd import Daemon, StopResult
 from csi_quobyte.host.staged import StagedNote, StagedNotes
-from csi_quobyte.operations.staging import PublishRequest
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pool.pools import Pools
 from csi_quobyte.pool.records import VolumeRecord
@@ -43,22 +43,6 @@ STALE = b"of the node that lost the volume"
 def never(volume_id: str) -> bool:
     """No volume was taken away."""
     return False
-
-
-def publish(host: Host, volume: VolumeRecord, generation: int, name: str) -> Path:
-    """Publish a staged volume to a pod."""
-    target = host.base / name
-    request = PublishRequest(
-        volume_id=volume.id,
-        generation=generation,
-        staging_path=str(host.staging_path),
-        target_path=str(target),
-        access_type=volume.access_type,
-        readonly=False,
-        single_writer=False,
-    )
-    host.node.publish(host.kit.store, request)
-    return target
 
 
 def pools_of(host: Host, timeout_s: float = DEADLINE_S) -> Pools:
@@ -91,7 +75,7 @@ def test_a_flush_that_fails_does_not_keep_the_daemon_from_its_own(
     volume = a.kit.create("v", size=SIZE)
     generation = a.attach(volume)
     a.stage(volume, generation)
-    target = publish(a, volume, generation, "target")
+    target = a.publish(volume, generation, "target")
     stopped: list[StopResult] = []
     plain = Daemon.stop
 
@@ -249,7 +233,7 @@ def test_a_fenced_volume_on_a_loop_device_is_not_written_any_more(
     volume = a.kit.create("v", **(BLOCK if access_type == "block" else {"size": SIZE}), **LOOP)
     generation = a.attach(volume)
     a.stage(volume, generation)
-    target = publish(a, volume, generation, "target")
+    target = a.publish(volume, generation, "target")
     run("sync", "-f", a.staging_path)
     a.detach(volume)
     fence = Fence(a.node, attachments_of(a))
@@ -268,7 +252,7 @@ def test_a_fenced_volume_on_a_loop_device_is_not_written_any_more(
     fence.look()
     assert errors == [one.getMessage() for one in caplog.records if one.levelname == "ERROR"], "said once"
     with pytest.raises(Refused, match="not attached"):
-        publish(a, volume, generation, "another")
+        a.publish(volume, generation, "another")
     a.node.unpublish(volume.id, str(target))
     a.unstage(volume, stale=True)
     assert sum_of(image) == before
@@ -386,7 +370,7 @@ def test_a_dead_volume_is_not_given_to_a_new_pod(hosts: Hosts, path: str) -> Non
     volume = a.kit.create("v", size=SIZE, **(LOOP if path == "loop" else {}))
     generation = a.attach(volume)
     a.stage(volume, generation)
-    first = publish(a, volume, generation, "first")
+    first = a.publish(volume, generation, "first")
     if path == "qcow2":
         pid = a.daemon_pid(volume)
         assert pid is not None
@@ -398,11 +382,11 @@ def test_a_dead_volume_is_not_given_to_a_new_pod(hosts: Hosts, path: str) -> Non
         loop.cut_off(device)
     for _ in range(2):
         with pytest.raises(Refused, match="delete all pods of the volume on this node"):
-            publish(a, volume, generation, "second")
+            a.publish(volume, generation, "second")
     assert not (a.base / "second").exists()
     a.node.unpublish(volume.id, str(first))
     a.stage(volume, generation)
-    publish(a, volume, generation, "second")
+    a.publish(volume, generation, "second")
     a.node.unpublish(volume.id, str(a.base / "second"))
     a.unstage(volume)
     assert hosts.machine.leftovers() == []
@@ -415,7 +399,7 @@ def test_notes_of_lost_volumes_are_forgotten_at_the_start(hosts: Hosts) -> None:
     notes = StagedNotes(str(hosts.machine.base / "state-a"))
     notes.put("0" * 24, StagedNote("lost", 1))
     assert "lost" in a.node.staged_volumes()
-    again = host_on(hosts.machine, "a", hosts.machine.pools["main"])
+    again = known_host(hosts.machine, "a", hosts.machine.pools["main"])
     again.node.recover()
     assert again.node.staged_volumes() == [kept.id]
     again.kit.store.close()

@@ -567,7 +567,12 @@ def test_an_interrupted_mkfs_is_done_again(machine: Machine, calls: Client) -> N
     qemu_io(head_of(machine, volume), "qcow2", "write -q -P 0x5a 0 2M")
     put_content(machine, volume, state="formatting", filesystem="ext4")
     target = calls.use(volume)
-    assert content_of(machine, volume) == {"state": "formatted", "filesystem": "ext4", "generation": 1}
+    assert content_of(machine, volume) == {
+        "state": "formatted",
+        "filesystem": "ext4",
+        "generation": 1,
+        "growing": False,
+    }
     write_tree(target, files=1)
     calls.release(volume)
 
