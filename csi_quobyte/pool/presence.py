@@ -18,7 +18,7 @@ from csi_quobyte.errors import Unavailable
 from csi_quobyte.pool.locks import try_lock
 from csi_quobyte.pool.steps import translated
 
-UNTOUCHED_S: Final = 600.0
+UNTOUCHED_S = 600.0
 """When a process of another place has changed none of its temporary files for so long, it has died."""
 _TOKEN_DIGITS = 16
 _PLACE_DIGITS = 6
@@ -68,9 +68,9 @@ class Presence:
         """Say whether the process of a token lives, as far as the locks of this place tell."""
         return token == self.token or self.is_held(token)
 
-    def is_using(self, token: str, paths: Iterable[str], *, untouched_s: float = UNTOUCHED_S) -> bool:
+    def is_using(self, token: str, paths: Iterable[str], *, untouched_s: float | None = None) -> bool:
         """Say whether the process of a token may live, at any place: one elsewhere does while one of `paths`, the files
-        that it is at work on, has changed less than `untouched_s` ago.
+        that it is at work on, has changed less than `untouched_s` (else UNTOUCHED_S) ago.
 
         Clocks are compared: one that is wrong by minutes costs a copy that begins again, or a file that stays longer.
         """
@@ -78,7 +78,8 @@ class Presence:
             return True
         if token.startswith(self._of_place):
             return False
-        return any(_age_s(path) < untouched_s for path in paths)
+        limit_s = UNTOUCHED_S if untouched_s is None else untouched_s
+        return any(_age_s(path) < limit_s for path in paths)
 
 
 def _place_of(lock_fd: int) -> str:

@@ -60,6 +60,7 @@ _FOLDERS = {"vol": "volumes", "snap": "snapshots", "img": "images"}
 _PLAIN = ("tmp", "reserve", "nodes", "jobs", "trash")
 _SHARD = re.compile(r"[0-9a-f]{2}")
 _TEMPORARY = re.compile(r"(init|[0-9a-f]{16})\.[0-9a-f]{12}")
+_INIT = "init"
 _RESERVE = re.compile(r"[0-9a-f]{32}")
 _NODE = re.compile(r"[0-9a-f]{32}\.json")
 _TRASH = re.compile(r"[0-9a-f]{8}-(vol|snap)-[0-9a-f]{32}-[0-9a-f]{8}\.(json(\.g[0-9]+)?|restore-[0-9a-f]{8})")
@@ -188,7 +189,7 @@ def initialise(root: str, *, owner: Owner, modes: Modes) -> PoolFormat:
         modes=modes,
         settings=PoolSettings(),
     )
-    steps = Steps(f"{root}/tmp", "init", _ownership(made))
+    steps = Steps(f"{root}/tmp", _INIT, _ownership(made))
     for name in (*_PLAIN, *_SHARDED):
         steps.make_directory(f"{root}/{name}")
     for name in _SHARDED:
@@ -1202,6 +1203,7 @@ class Store:
         stale = []
         for token, paths in paths_of.items():
             is_kept = working is None or token in working or self._presence.is_using(token, paths)
+            is_kept = is_kept and token != _INIT  # there is a format.json: another would be refused
             stale += [path for path in paths if path in self._steps.abandoned or not is_kept]
         return stale
 

@@ -11,7 +11,7 @@ import pytest
 import scratch
 from controller_kit import OWNER, Kit
 
-from csi_quobyte.pool import records
+from csi_quobyte.pool import presence, records
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import PoolSettings
 from csi_quobyte.pool.sizes import MIB
@@ -56,6 +56,13 @@ def kit(store: Store) -> Kit:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim counts as a dead process's after 10 ms instead of two seconds."""
     monkeypatch.setattr(store_module, "_CLAIM_PATIENCE_S", 0.01)
+
+
+@pytest.fixture
+def started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes have gone since whoever worked on the pool elsewhere, as before a host was started anew, has died."""
+    monkeypatch.setattr(presence, "UNTOUCHED_S", -1.0)
+    monkeypatch.setattr(store_module, "_JOB_S", -1.0)
 
 
 @pytest.fixture

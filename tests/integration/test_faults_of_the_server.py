@@ -40,7 +40,7 @@ from csi_quobyte.rpc.server import Server, controller_services
 from lab.client import Client
 from lab.machine import StandIn
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("started_anew")]
 
 # How many steps of each call meet each fault: `make faults` sets 0, all of them; otherwise some, by the seed.
 STEPS = int(os.environ.get("CSI_QUOBYTE_FAULTS_CALLS", "1"))

@@ -54,6 +54,7 @@ from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.steps import Steps
 from csi_quobyte.pool.store import Store
 
+pytestmark = pytest.mark.usefixtures("started_anew")
 SEED = int(os.environ.get("CSI_QUOBYTE_SEED", "0")) or random.SystemRandom().randrange(1 << 31)
 CUTS = int(os.environ.get("CSI_QUOBYTE_POWER_CUTS", "2"))
 """How many cuts are tried for each operation; 0: each, with every extreme and three times by dice."""

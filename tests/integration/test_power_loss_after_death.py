@@ -43,6 +43,7 @@ from csi_quobyte.operations.snapshots import SnapshotRequest
 from csi_quobyte.pool.records import LayerState, VolumeState
 from csi_quobyte.pool.store import Store
 
+pytestmark = pytest.mark.usefixtures("started_anew")
 LUCKS = (ALL_LOST, all_but(1), all_but(2), all_but(3))
 SAMPLES = 2
 template = test_power_loss.template
