@@ -51,11 +51,11 @@ sanity: setup ## csi-sanity over two sockets, for mount and for block volumes
 	@$(CONTAINED) 600 sanity -- $(PYTHON) tests/sanity/run.py
 
 ##@ Longer suites
-faults: setup ## every operation and merge with every call on the pool's files failing, its FUSE server killed or stopped, its space used up
-	@CSI_QUOBYTE_FAULTS_CALLS=0 $(CONTAINED) 7200 faults -- \
-	  $(PYTHON) -m pytest --timeout 3600 -q -s tests/integration/test_faults_each_step.py \
-	  tests/integration/test_faults_of_the_server.py tests/integration/test_faults_full_pool.py \
-	  tests/integration/test_faults_in_merges.py
+faults: setup ## every operation, merge and node call with every call on the pool's files failing, its FUSE server killed or stopped, its space used up (hours)
+	@CSI_QUOBYTE_FAULTS_CALLS=0 $(CONTAINED) 21600 faults -- \
+	  $(PYTHON) -m pytest --numprocesses 2 --dist worksteal -q -rP tests/integration/test_faults_each_step.py \
+	  tests/integration/test_faults_node.py tests/integration/test_faults_of_the_server.py \
+	  tests/integration/test_faults_full_pool.py tests/integration/test_faults_in_merges.py
 
 crash: setup ## every operation, merge and node call killed before each durable step, and 30 times in each kind of merge
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 7200 crash -- \
@@ -124,7 +124,7 @@ lint-steps:
 	@mypy
 	@MYPYPATH=deploy mypy --explicit-package-bases --package lab
 	@MYPYPATH=deploy:bench mypy --strict --explicit-package-bases tests/tools/contained.py \
-	  tests/tools/parameters_page.py tests/sanity/run.py bench/run.py bench/scale.py bench/filling.py bench/speed.py bench/disk.py bench/eof.py
+	  tests/tools/parameters_page.py tests/sanity/run.py bench/run.py bench/scale.py bench/filling.py bench/speed.py bench/floor.py bench/behind_grpc.py bench/disk.py bench/eof.py
 	@MYPYPATH=deploy:tests/tools mypy --strict --explicit-package-bases tests/cluster
 	@$(PYTHON) tests/tools/parameters_page.py --check
 	@lint-imports

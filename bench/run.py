@@ -38,7 +38,8 @@ sys.path[:0] = [
 
 from disk import wait_until_recovered  # noqa: E402
 from figures import MIB, Row, environment, ratio, show, timed_ms  # noqa: E402
-from speed import floor, floor_directory, measure_speed  # noqa: E402
+from floor import floor, floor_directory  # noqa: E402
+from speed import measure_speed  # noqa: E402
 
 from csi_quobyte.engine.copying import Copier  # noqa: E402
 from csi_quobyte.host.qemu import find_tools  # noqa: E402

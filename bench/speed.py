@@ -1,7 +1,7 @@
 """The speed table: each operation against its floor and against the predecessor's commands, by one caller and by eight.
 
 Owns what is compared with what (bench/README.md says it in words). One volume's life is measured again and again; the
-three that are compared take turns within each round, so that a machine that gets slower meanwhile slows all of them.
+four that are compared take turns within each round, so that a machine that gets slower meanwhile slows all of them.
 """
 
 import itertools
@@ -11,21 +11,21 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from behind_grpc import served_floor
 from figures import MIB, Row, ratio, timed_ms
+from floor import FLOOR_FILES, floor_directory, floor_of
 
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pool.store import Store
 from lab.client import Client
 from lab.machine import GIB, QEMU_DIR, Machine, wait_for
 
-FLOOR_BYTES = 1024
 COLLECT_TIMEOUT_S = 120.0
 CALLERS = 8
 OPERATIONS = ("create", "snapshot", "restore", "clone", "expand", "delete")
@@ -38,55 +38,6 @@ TITLES = {
     "delete": "DeleteVolume",
 }
 NOTHING = "a call that does nothing (GetPluginInfo)"
-# How many small files the step cannot do without: images made, records made or replaced.
-FLOOR_FILES = {"create": 2, "snapshot": 3, "restore": 2, "clone": 4, "expand": 1, "delete": 1}
-
-
-# --- the floor ---------------------------------------------------------------------------------------------------
-
-
-def floor(directory: Path, name: str, files: int) -> None:
-    """Make small files durable, one after the other: each written, fsynced, renamed, and the directory fsynced."""
-    for number in range(files):
-        temporary = directory / f"{name}.{number}.tmp"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, b"x" * FLOOR_BYTES)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        temporary.rename(directory / f"{name}.{number}")
-        sync_directory(directory)
-
-
-def floor_of(operation: str, directory: Path, name: str) -> None:
-    """Do what an operation cannot do without."""
-    floor(directory, name, FLOOR_FILES[operation])
-    if operation == "delete":
-        (directory / f"{name}.0").unlink()
-        sync_directory(directory)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def floor_directory(pool: Path) -> Iterator[Path]:
-    """A directory in the pool, so on the same file system and mount, for the floor's files; removed afterwards."""
-    directory = pool / "bench-floor"
-    directory.mkdir()
-    try:
-        yield directory
-    finally:
-        for path in directory.iterdir():
-            path.unlink()
-        directory.rmdir()
 
 
 # --- the predecessor ---------------------------------------------------------------------------------------------
@@ -251,14 +202,33 @@ class Ours:
         wait_for("the collector", lambda: not any(layers.glob("*/*.json")), timeout_s=COLLECT_TIMEOUT_S)
 
 
+class Floors:
+    """The floor's files, by operation; `name` tells one volume from another."""
+
+    def __init__(self, directory: Path, serve: Callable[[str, str], None]) -> None:
+        """`serve` lets another process do a floor in that directory."""
+        self._directory = directory
+        self._serve = serve
+
+    def here(self, operation: str, name: str) -> None:
+        """Do it in this process."""
+        floor_of(operation, self._directory, f"{name}-{operation}")
+
+    def behind_grpc(self, operation: str, name: str) -> None:
+        """Let the server do it."""
+        self._serve(operation, f"{name}-{operation}-served")
+
+
 # --- the rounds ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Samples:
-    """Milliseconds of single calls, or calls in a second, of the three, by operation."""
+    """Milliseconds of single calls, or calls in a second, of the four, by operation."""
 
     floor: dict[str, list[float]] = field(default_factory=dict)
+    behind_grpc: dict[str, list[float]] = field(default_factory=dict)
+    """The floor again, done by a gRPC server that does nothing else."""
     predecessor: dict[str, list[float]] = field(default_factory=dict)
     ours: dict[str, list[float]] = field(default_factory=dict)
     starts: list[float] = field(default_factory=list)
@@ -293,7 +263,7 @@ def all_at_once(work: Callable[[str], object], names: Sequence[str]) -> float:
 
 
 def series(
-    directory: Path, predecessor: Predecessor, ours: Ours, measure: Measure, rounds: int, names_a_round: int
+    floors: Floors, predecessor: Predecessor, ours: Ours, measure: Measure, rounds: int, names_a_round: int
 ) -> Samples:
     """Measure the life of volumes; the first round is not counted."""
     samples = Samples()
@@ -308,11 +278,13 @@ def series(
                 for name in names:
                     ours.write(name)
             turns: list[tuple[dict[str, list[float]], Callable[[str], object]]] = [
-                (kept.floor, lambda name, operation=operation: floor_of(operation, directory, f"{name}-{operation}")),  # type: ignore[misc]
+                (kept.floor, partial(floors.here, operation)),
+                (kept.behind_grpc, partial(floors.behind_grpc, operation)),
                 (kept.predecessor, getattr(predecessor, operation)),
                 (kept.ours, getattr(ours, operation)),
             ]
-            turned = turns[round_number % 3 :] + turns[: round_number % 3]
+            first = round_number % len(turns)
+            turned = turns[first:] + turns[:first]
             for into, work in turned:
                 into.setdefault(operation, []).append(measure(work, names))
         predecessor.clear()
@@ -328,11 +300,20 @@ def single_rows(samples: Samples) -> list[Row]:
         Row(group, NOTHING, tuple(samples.nothing)),
     ]
     for operation in OPERATIONS:
-        base, old, new = (s[operation] for s in (samples.floor, samples.predecessor, samples.ours))
+        base, served, old, new = (
+            s[operation] for s in (samples.floor, samples.behind_grpc, samples.predecessor, samples.ours)
+        )
         faster = ratio(old, new)
         rows += [
             Row(group, TITLES[operation], tuple(new), ratio=ratio(new, base), ratio_to="floor"),
             Row(group, f"  floor: {FLOOR_FILES[operation]} durable files", tuple(base)),
+            Row(
+                group,
+                "  the floor behind a gRPC call",
+                tuple(served),
+                ratio=ratio(old, served),
+                ratio_to="as fast as the predecessor",
+            ),
             Row(
                 group,
                 "  predecessor's commands",
@@ -353,7 +334,9 @@ def many_rows(samples: Samples) -> list[Row]:
         Row(group, NOTHING, per_s=statistics.median(samples.nothing)),
     ]
     for operation in OPERATIONS:
-        base, old, new = (s[operation] for s in (samples.floor, samples.predecessor, samples.ours))
+        base, served, old, new = (
+            s[operation] for s in (samples.floor, samples.behind_grpc, samples.predecessor, samples.ours)
+        )
         of_floor, faster = ratio(new, base), ratio(new, old)
         wanted = verdict(of_floor >= 0.6 or faster >= 20, "≥ 0.6 or 20 ×")
         rows += [
@@ -361,6 +344,13 @@ def many_rows(samples: Samples) -> list[Row]:
                 group, TITLES[operation], per_s=statistics.median(new), ratio=of_floor, ratio_to="floor", wanted=wanted
             ),
             Row(group, f"  floor: {FLOOR_FILES[operation]} durable files", per_s=statistics.median(base)),
+            Row(
+                group,
+                "  the floor behind a gRPC call",
+                per_s=statistics.median(served),
+                ratio=ratio(served, base),
+                ratio_to="floor",
+            ),
             Row(
                 group,
                 "  predecessor's commands",
@@ -383,7 +373,11 @@ def measure_speed(machine: Machine, client: Client, rounds: int, calls_a_round: 
     directory.mkdir()
     store = Store(str(machine.pool_path))
     try:
-        with floor_directory(machine.pool_path) as floors:
+        with (
+            floor_directory(machine.pool_path) as floor_files,
+            served_floor(floor_files, machine.base / "floor.sock") as serve,
+        ):
+            floors = Floors(floor_files, serve)
             predecessor, ours = Predecessor(directory), Ours(machine, client, store)
             single = series(floors, predecessor, ours, one_after_the_other, rounds, 1)
             many = series(floors, predecessor, ours, all_at_once, max(1, rounds // 4), calls_a_round)

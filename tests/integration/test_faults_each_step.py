@@ -116,7 +116,7 @@ def after_a_final_error(kit: Kit, operation: str, before: Tree) -> None:
         assert tree(kit.store.root) == before
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("operation", ALL)
 def test_operation_on_a_pool_that_fails_at_any_call(
     operation: str,
