@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from csi_quobyte import telemetry
-from csi_quobyte.engine import hold, layers, merging, removal, trash
+from csi_quobyte.engine import copying, hold, layers, merging, removal, trash
 from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.engine.lease import Lease
@@ -267,6 +267,7 @@ def _sweep(store: Store, pace: Callable[[], None]) -> tuple[Report, Index]:
                 _drop_unreferenced(store, found, report, pace)
                 _remove_damaged_layers(store, found, report)
         else:
+            _end_dead_caches(store, found, report)
             if report:
                 del found
                 found = index_module.read(store, brief=True, pace=pace)
@@ -379,6 +380,14 @@ def _end_dead_jobs(store: Store, found: Index, report: Report) -> None:
             report.layers += hold.end(store, store.swap(job, job))
             report.files += 1
             log.info("the process has ended that made this: %s", job.what)
+
+
+def _end_dead_caches(store: Store, found: Index, report: Report) -> None:
+    """Give up the caches of snapshots that a crash has left half made; see `copying.end_dead_cache`."""
+    for snapshot in found.snapshots.values():
+        if snapshot.cache and snapshot.cache not in found.layers:
+            with _if_free(store, report, copying.copy_lock(snapshot.id)) as free:
+                report.files += free and copying.end_dead_cache(store, snapshot.id)
 
 
 def _undo_announced(store: Store, found: Index, report: Report) -> None:

@@ -253,13 +253,13 @@ def fill_cache(
     """Make the cache E of a snapshot S on layer L; made before is success.
 
     1 swap S: `cache: E`. 2 c-E in L; S is looked at again. 3 the copy. 4 E's refs with s-S, image, record (commit).
-    5 c-E out of L. A crash before 4 leaves what the next who wants the cache goes on with, or the delete of S undoes.
+    5 c-E out of L. A crash before 4 leaves what the next who wants the cache goes on with, or `end_dead_cache` undoes.
 
     Raises:
         NotFound: there is no such snapshot (any more).
         Stopped, Busy, Exhausted, Corrupt, Unavailable: as `copy_volume`.
     """
-    with store.lock(f"copy of {snapshot_id}"):
+    with store.lock(copy_lock(snapshot_id)):
         with _lock_patiently(store, snapshot_id):
             snapshot = store.snapshot(snapshot_id)
             if snapshot.state is not SnapshotState.READY:
@@ -317,6 +317,28 @@ def _fill_cache(
         if copied:
             store.discard_temporary(copied)
     _check_wanted(store, snapshot)  # where locks do not reach, it may have been deleted in that moment
+
+
+def copy_lock(snapshot_id: str) -> str:
+    """The name of the lock of who makes the cache of a snapshot."""
+    return f"copy of {snapshot_id}"
+
+
+def end_dead_cache(store: Store, snapshot_id: str) -> bool:
+    """Give up a cache that was begun and that nobody makes any more, so that merges are not kept from its source.
+
+    The caller holds `copy_lock`. One that is being made where locks do not reach says how far it is; in the moment
+    before it first does, it is stopped by this and begun again by who wants it.
+    """
+    snapshot = store.find_snapshot(snapshot_id)
+    if snapshot is None or snapshot.state is not SnapshotState.READY or snapshot.cache is None:
+        return False
+    if cache_of(store, snapshot) or store.progress(snapshot.cache):
+        return False
+    if set(store.markers(snapshot.cache) or []) - {snapshot_marker(snapshot)}:
+        return False  # something lies on it: its record was lost, and that is for `check`
+    _give_up_cache(store, snapshot, snapshot.cache)
+    return True
 
 
 def _give_up_cache(store: Store, snapshot: SnapshotRecord, entry: str) -> None:

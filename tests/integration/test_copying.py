@@ -263,6 +263,65 @@ def test_collector_of_another_host_lets_a_copy_be(slow: Kit) -> None:
     far.close()
 
 
+def without_locks(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The pool as another host sees it: neither tokens nor the locks of records reach there."""
+    far = Elsewhere(kit.store.root)
+    monkeypatch.setattr(far, "lock", lambda *_: _no_lock())
+    return far
+
+
+def test_collector_of_another_host_lets_the_making_of_a_cache_be(slow: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Busy):
+        on_cache_of_s(slow)()
+    eventually(lambda: bool(temporaries(slow)))
+    snapshot = slow.store.snapshot(slow.snapshot_id("s"))
+    assert snapshot.cache
+    eventually(lambda: slow.store.progress(str(snapshot.cache)) is not None)
+    far = without_locks(slow, monkeypatch)
+    collector.sweep(far)
+    assert slow.store.snapshot(snapshot.id).cache == snapshot.cache
+    assert source_markers(slow)[0] == "c"
+    far.close()
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+def test_cache_that_another_host_gives_up_meanwhile_is_made_anew(
+    kit: Kit, is_made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not said yet how far it is, or is about to publish the image, when the other host's collector looks."""
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    far = without_locks(kit, monkeypatch)
+    make_layer, copy_chain = Store.make_layer, copying._copy_chain
+
+    def look() -> None:
+        monkeypatch.setattr(Store, "make_layer", make_layer)
+        monkeypatch.setattr(copying, "_copy_chain", copy_chain)
+        assert collector.sweep(far)
+
+    def late_layer(*arguments: object, **named: object) -> object:
+        look()
+        return make_layer(*arguments, **named)  # type: ignore[arg-type]
+
+    def late_copy(*arguments: object, **named: object) -> object:
+        look()
+        return copy_chain(*arguments, **named)  # type: ignore[arg-type]
+
+    if is_made:
+        monkeypatch.setattr(Store, "make_layer", late_layer)
+    else:
+        monkeypatch.setattr(copying, "_copy_chain", late_copy)
+    with pytest.raises(Busy):
+        on_cache_of_s(kit)()
+    until_ready(kit, on_cache_of_s(kit))
+    assert kit.holds("n", 1)
+    kit.sweep_until_quiet()
+    assert kit.check() == []
+    assert source_markers(kit) == ["c", "s"]
+    far.close()
+
+
 def test_what_ended_in_both_controllers_at_once_is_made_by_one(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where locks do not reach, both copy; the second finds the image, and the record changed."""
     kit.create("v")
@@ -460,17 +519,28 @@ def test_copy_that_is_under_way_is_not_begun_a_second_time(slow: Kit) -> None:
     assert slow.check() == []
 
 
-def test_cache_whose_process_is_killed_is_made_by_the_next_who_wants_it(slow: Kit) -> None:
+def source_markers(kit: Kit) -> list[str]:
+    """The kinds of markers on the layer of snapshot s."""
+    return [name[0] for name in kit.store.markers(kit.store.snapshot(kit.snapshot_id("s")).layer) or []]
+
+
+def test_cache_whose_process_is_killed_is_given_up_and_made_by_the_next_who_wants_it(slow: Kit) -> None:
+    nobody_copies = source_markers(slow)
     argv = [sys.executable, "-c", _COPY.replace('"copy"', '"cache"'), slow.store.root]
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": here})
     try:
         eventually(lambda: len(temporaries(slow)) == 2)
+        slow.sweep_until_quiet()
+        assert len(temporaries(slow)) == 2, "one that is being made is left alone"
+        assert source_markers(slow) == ["c", *nobody_copies]
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
     slow.sweep_until_quiet()
     assert temporaries(slow) == []
+    assert slow.store.snapshot(slow.snapshot_id("s")).cache is None
+    assert source_markers(slow) == nobody_copies
     assert slow.check() == []
     quick(slow)
     until_ready(slow, on_cache_of_s(slow))
