@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from csi_quobyte import telemetry
@@ -50,6 +50,7 @@ PASS_EVERY_S = 300.0
 # way one quarter
 _REST_AFTER_PASS = 9.0
 _REST_BEFORE_RETRY = 3.0
+RESUME_EVERY_S = 60.0
 AGAIN_AFTER_S = 15.0  # after a piece of work that failed or was in somebody's way
 _PASSES_AT_MOST = 5
 # between passes when a claim is in the way: some passes later it counts as a dead process's
@@ -84,11 +85,15 @@ class Collector:
         *,
         merges: bool = True,
         speed_bytes_per_s: int | None = None,
-        resume: Callable[[Store, str, Release], object] | None = None,
+        resume: Callable[[Store, str, Release], bool] | None = None,
     ) -> None:
-        """See `Merger` for `merges` and `speed_bytes_per_s`; `resume` begins a broken off copy of a volume again."""
+        """See `Merger` for `merges` and `speed_bytes_per_s`; `resume` begins a broken off copy of a volume again, and
+        says whether it is to be asked again.
+        """
         self._pool = pool
         self._resume = resume
+        self._others_copies: set[str] = set()
+        self._resume_at = 0.0
         self._merger = Merger(pool, tools, self.release, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -120,23 +125,46 @@ class Collector:
         return merger_ended and not self._thread.is_alive()
 
     def _run(self) -> None:
-        wait_s = PASS_EVERY_S
-        took_s = 0.0  # by the last look at everything
+        due = time.monotonic() + PASS_EVERY_S  # the next look at everything, also when there is always something to do
+        took_s = 0.0  # by the last one
         while not self._stopping.is_set():
-            try:
-                layer_id = self._released.get(timeout=wait_s)
-            except queue.Empty:
-                layer_id = None
+            layer_id = self._next(due)
             if self._stopping.is_set():
                 return
             begun = time.monotonic()
             done = self._work(layer_id)
+            now = time.monotonic()
             if layer_id is None:
-                took_s = time.monotonic() - begun
+                took_s = now - begun
                 telemetry.COLLECTOR_PASS_SECONDS.labels(self._pool.name).set(took_s)
-            wait_s = max(PASS_EVERY_S, took_s * _REST_AFTER_PASS)
+                due = now + max(PASS_EVERY_S, took_s * _REST_AFTER_PASS)
             if not done:
-                wait_s = max(AGAIN_AFTER_S, took_s * _REST_BEFORE_RETRY)
+                due = min(due, now + max(AGAIN_AFTER_S, took_s * _REST_BEFORE_RETRY))
+
+    def _next(self, due: float) -> str | None:
+        """Wait for a layer that has lost a reference; None: everything is to be looked at, at `due` at the latest."""
+        while not self._stopping.is_set():
+            now = time.monotonic()
+            if self._others_copies and now >= self._resume_at:
+                self._resume_copies()
+            if now >= due:
+                return None
+            until = min(due, self._resume_at) if self._others_copies else due
+            with suppress(queue.Empty):
+                return self._released.get(timeout=max(0.0, until - now))
+        return None
+
+    def _resume_copies(self) -> None:
+        """Ask again for the copies that somebody else may have been at: his host may have died."""
+        self._resume_at = time.monotonic() + RESUME_EVERY_S
+        try:
+            store = self._pool.open()
+            self._others_copies = {one for one in self._others_copies if self._is_resumed_later(store, one)}
+        except DriverError as error:
+            log.info("collector of pool %s: %s", self._pool.name, error)
+
+    def _is_resumed_later(self, store: Store, volume_id: str) -> bool:
+        return bool(self._resume and not self._stopping.is_set() and self._resume(store, volume_id, self.release))
 
     def _work(self, layer_id: str | None) -> bool:
         """Do one piece of work; an error never ends the thread. False: something is to be done again soon."""
@@ -185,9 +213,9 @@ class Collector:
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
-        for volume in found.volumes.values() if found and self._resume else ():
-            if self._resume and volume.pinned and not self._stopping.is_set():
-                self._resume(store, volume.id, self.release)
+        pinned = [volume.id for volume in found.volumes.values() if volume.pinned] if found else []
+        self._others_copies = {volume_id for volume_id in pinned if self._is_resumed_later(store, volume_id)}
+        self._resume_at = time.monotonic() + RESUME_EVERY_S
         return work_in(found, store, pace=pace) if found else Work()
 
 

@@ -333,7 +333,7 @@ def end_dead_cache(store: Store, snapshot_id: str) -> bool:
     snapshot = store.find_snapshot(snapshot_id)
     if snapshot is None or snapshot.state is not SnapshotState.READY or snapshot.cache is None:
         return False
-    if cache_of(store, snapshot) or store.progress(snapshot.cache):
+    if cache_of(store, snapshot) or store.may_be_filled(snapshot.cache):
         return False
     if set(store.markers(snapshot.cache) or []) - {snapshot_marker(snapshot)}:
         return False  # something lies on it: its record was lost, and that is for `check`
@@ -421,16 +421,15 @@ class Copier:
         raise Busy(f"the copy for volume {volume.id} {job}; it goes on, try again")
 
     def resume(self, store: Store, volume_id: str, release: Release) -> bool:
-        """Begin a copy again that nobody makes; says whether it is to be made. Returns at once."""
+        """Begin a copy again that nobody makes. Returns at once; True: somebody may be at it, so ask again later."""
         volume = store.find_volume(volume_id)
         if volume is None or volume.state is not VolumeState.CREATING or not volume.pinned:
             return False
-        if store.progress(volume.head):
-            return False  # this process or another one is at it
+        if store.may_be_filled(volume.head):
+            return True
         with suppress(Unavailable, Busy):  # this process ends, or the volume is being deleted
             self._job(volume.id, lambda job: self._copy(store, volume, job, release))
-            return True
-        return False
+        return True
 
     def cache(self, store: Store, snapshot_id: str) -> None:
         """See `Copies`."""

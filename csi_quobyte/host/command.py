@@ -27,6 +27,7 @@ A detached process and its supervisor:
 import contextlib
 import contextvars
 import ctypes
+import errno
 import logging
 import os
 import select
@@ -272,6 +273,76 @@ def _run(
     finally:
         _close_pipes(process)
     return Completed(_shell_status(process.wait()), stdout, stderr)  # it has exited: this only reaps it
+
+
+def run_answering(
+    argv: Sequence[str],
+    answer: Callable[[str], str],
+    *,
+    timeout_s: float,
+    ok_statuses: Collection[int] = (0,),
+) -> Completed:
+    """Run a command on a terminal of its own, and answer its questions; its stdout is all that it said there.
+
+    `answer` is given what was said since its last answer, each time there is more, and gives what to type; nothing as
+    long as that is no question. An error that it raises kills the command, which never gets the answer then.
+
+    Raises:
+        CommandTimedOut, CommandFailed: as `run`. What `answer` raises.
+    """
+    completed = _isolated_call(lambda: _run_answering(argv, answer, timeout_s))
+    if completed.status not in ok_statuses:
+        raise CommandFailed(argv, completed.status, completed.stdout)
+    return completed
+
+
+def _run_answering(argv: Sequence[str], answer: Callable[[str], str], timeout_s: float) -> Completed:
+    ours, terminal = os.openpty()
+    with _opened(ours):
+        os.set_blocking(ours, False)
+        with _opened(terminal):
+            process = _start(argv, argv, terminal, terminal, terminal, None)
+        try:
+            said = _converse(process, ours, argv, answer, timeout_s)
+        except BaseException:
+            _kill_group(process)
+            raise
+    return Completed(_shell_status(process.wait()), said, "")  # it has exited: this only reaps it
+
+
+def _converse(
+    process: subprocess.Popen[bytes], ours: int, argv: Sequence[str], answer: Callable[[str], str], timeout_s: float
+) -> str:
+    deadline = time.monotonic() + timeout_s
+    said, answered = bytearray(), 0
+    with _opened(os.pidfd_open(process.pid)) as pidfd:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.register(ours, select.POLLIN)
+        exited = False
+        while not exited:
+            left_s = deadline - time.monotonic()
+            ready = {fd for fd, _ in poller.poll(max(0.0, left_s) * 1000)}
+            exited = pidfd in ready
+            if ours in ready and _read_terminal(ours, said, argv):
+                poller.unregister(ours)  # nobody has it open any more
+            if typed := answer(_text(said[answered:])):
+                answered = len(said)
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    os.write(ours, typed.encode())
+            if not exited and left_s <= 0:
+                raise CommandTimedOut(argv, _KILLED_STATUS, _text(said), f"killed after {timeout_s} s")
+    return _text(said)
+
+
+def _read_terminal(fd: int, buffer: bytearray, argv: Sequence[str]) -> bool:
+    """Move what a terminal shows to the buffer; True at its end, which the kernel says by EIO."""
+    try:
+        return _read_available(fd, buffer, argv)
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return True
+        raise
 
 
 def spawn_detached(

@@ -57,6 +57,11 @@ _NO_LOG_FLUSH = struct.pack("I", 2)
 # ext4: struct ext4_super_block at byte 1024 (Documentation/filesystems/ext4/super.rst)
 _EXT4_SUPERBLOCK_OFFSET = 1024
 _EXT4_MAGIC = 0xEF53
+# e2fsck's ask_yn() and ehandler.c; the second is checked wherever it may stand, a file's name included: that is the
+# safe side
+_E2FSCK_QUESTION = re.compile(r"(<[yn]>|\(y/n\))\? $")
+_E2FSCK_DEVICE_ERROR = re.compile(r"Error (reading|writing) block \d+ \([^)\n]*\)?|Input/output error")
+_EXT4_COMPAT_SPARSE_SUPER2 = 0x200
 _EXT4_INCOMPAT_META_BG = 0x10
 _EXT4_INCOMPAT_64BIT = 0x80
 _EXT4_LEAST_DATA_BLOCKS = 50  # resize2fs drops a last group with fewer blocks for data than this
@@ -206,6 +211,7 @@ class _Ext4Superblock:
     descriptors_per_block: int
     reserved_descriptor_blocks: int
     meta_bg: bool
+    sparse_super2: bool
 
 
 def probe(device: str) -> str | None:
@@ -375,14 +381,22 @@ def repair(device: str, fstype: str, *, timeout_s: float, after_growth: bool = F
     """Bring an unmounted filesystem into a state that can be mounted: replay the journal, repair what is safe.
 
     xfs needs nothing: it replays its log when it is mounted, and xfs_repair refuses to run before that. With
-    `after_growth` all that is wrong is of a `grow_unmounted` that was interrupted: e2fsck decides everything itself.
+    `after_growth` all that is wrong is of a `grow_unmounted` that was interrupted: e2fsck decides everything itself,
+    but for a block that it cannot read, which its option -y would have it overwrite with zeros.
 
     Raises:
         Refused: e2fsck found what only a human may decide (exit status 4 or more); the message has its last line.
-        Unavailable: e2fsck was killed; CommandTimedOut: it did not end in time.
+        Unavailable: the device cannot be read or written, or e2fsck was killed; CommandTimedOut: it did not end in
+            time.
     """
-    if fstype == "ext4":
-        _e2fsck(device, ("-f", "-y") if after_growth else ("-p",), timeout_s)
+    if fstype != "ext4":
+        return
+    if after_growth:
+        _judge_e2fsck(
+            device, command.run_answering(["e2fsck", "-f", device], _yes, timeout_s=timeout_s, ok_statuses=range(128))
+        )
+    else:
+        _e2fsck(device, ("-p",), timeout_s)
 
 
 def replay_journal(device: str, fstype: str, scratch_dir: str, *, timeout_s: float) -> None:
@@ -443,10 +457,13 @@ def grow(device: str, fstype: str, mountpoint: str, *, timeout_s: float = _GROW_
 
 
 def has_to_grow_unmounted(device: str, fstype: str) -> bool:
-    """Tell whether a filesystem has to grow before it is mounted: an ext4, which the kernel grows for those with
-    CAP_SYS_RESOURCE only, on a device that has become longer. The errors of `needs_growth`.
+    """Tell whether a filesystem has to grow before it is mounted: an ext4 on a device that has become longer, which
+    the kernel grows for those with CAP_SYS_RESOURCE only, and with sparse_super2 for nobody. The errors of
+    `needs_growth`.
     """
-    return fstype == "ext4" and not _has_capability(_CAP_SYS_RESOURCE) and needs_growth(device, fstype, None)
+    if fstype != "ext4" or not needs_growth(device, fstype, None):
+        return False
+    return not _has_capability(_CAP_SYS_RESOURCE) or _read_ext4_superblock(device).sparse_super2
 
 
 def grow_unmounted(
@@ -454,9 +471,9 @@ def grow_unmounted(
 ) -> None:
     """Grow an unmounted ext4 to its device's size, after the full check that resize2fs demands.
 
-    For nodes without the right to grow it mounted, which is safer: resize2fs that is interrupted leaves what only
-    `repair` with `after_growth` makes whole again. `begin` is called before it, when the check has found the filesystem
-    whole. xfs only grows mounted: nothing is done.
+    For what cannot grow mounted (see `has_to_grow_unmounted`), which is safer: resize2fs that is interrupted leaves
+    what only `repair` with `after_growth` makes whole again. `begin` is called before it, when the check has found the
+    filesystem whole. xfs only grows mounted: nothing is done.
 
     Raises:
         Refused: the check needs a human; or the growth exceeds what the filesystem has reserved room for (about a
@@ -623,12 +640,27 @@ def _run_or_refuse(argv: Sequence[str], timeout_s: float, failure: str) -> None:
 
 
 def _e2fsck(device: str, flags: Sequence[str], timeout_s: float) -> None:
+    _judge_e2fsck(device, command.run(["e2fsck", *flags, device], timeout_s=timeout_s, ok_statuses=range(128)))
+
+
+def _judge_e2fsck(device: str, done: command.Completed) -> None:
     # e2fsck(8): 1 = errors corrected, 2 = and reboot, which concerns mounted filesystems only, 4 = errors left,
     # 8 = operational error. It speaks on stdout.
-    done = command.run(["e2fsck", *flags, device], timeout_s=timeout_s, ok_statuses=range(128))
     if done.status >= 4:
+        _check_no_device_error(done.stdout + done.stderr)
         said = _one_line(f"{done.stdout}\n{done.stderr}")
         raise Refused(f"{device}: e2fsck ended with status {done.status}, this ext4 needs a human: {said}")
+
+
+def _yes(said: str) -> str:
+    """Answer a question of e2fsck with yes, but never one that comes with a block that it could not read or write."""
+    _check_no_device_error(said)
+    return "y" if _E2FSCK_QUESTION.search(said) else ""
+
+
+def _check_no_device_error(said: str) -> None:
+    if found := _E2FSCK_DEVICE_ERROR.search(said):
+        raise Unavailable(f"the device does not answer properly: {found[0]}")
 
 
 def _one_line(text: str, limit: int = 500) -> str:
@@ -660,6 +692,7 @@ def _read_ext4_superblock(device: str) -> _Ext4Superblock:
         descriptors_per_block=block_bytes // (_u16(raw, 0xFE) if is_64bit else 32),
         reserved_descriptor_blocks=_u16(raw, 0xCE),
         meta_bg=bool(incompatible & _EXT4_INCOMPAT_META_BG),
+        sparse_super2=bool(_u32(raw, 0x5C) & _EXT4_COMPAT_SPARSE_SUPER2),
     )
 
 

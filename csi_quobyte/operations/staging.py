@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -891,7 +891,12 @@ def _repair_and_grow(
     if has_to_grow:
         filesystem.grow_unmounted(device.path, volume.filesystem, begin=begin_growth)
     if has_to_grow or was_growing:
+        check_attached()
         store.put_content(volume, formatted)
+    elif not attachment.readonly and content and content.generation < attachment.generation:
+        # so that what a node that lost the volume writes down late is refused; on a full pool without that
+        with suppress(Exhausted):
+            store.put_content(volume, formatted)
 
 
 def _may_format(volume: VolumeRecord, attachment: Attachment, device: LoopDevice, content: Content | None) -> bool:

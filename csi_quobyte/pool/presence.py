@@ -20,6 +20,8 @@ from csi_quobyte.pool.steps import translated
 
 UNTOUCHED_S = 600.0
 """When a process of another place has changed none of its temporary files for so long, it has died."""
+_WATCHED_S = 60.0
+"""Clocks of hosts may differ: nothing is old before it was seen not to change for so long by one's own clock."""
 _TOKEN_DIGITS = 16
 _PLACE_DIGITS = 6
 
@@ -34,7 +36,9 @@ class Presence:
             Unavailable: the mount gives no locks.
         """
         self._path = f"{root}/lock"
-        self._fd = self._opened()
+        with translated(self._path):
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        self._watched: dict[str, tuple[tuple[int, int], float]] = {}
         try:
             with translated(self._path):
                 self.place: Final = _place_of(self._fd)
@@ -52,13 +56,11 @@ class Presence:
         """Disappear: for others at this place, this process is dead from now on."""
         os.close(self._fd)
 
-    def _opened(self) -> int:
-        with translated(self._path):
-            return os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-
     def is_held(self, token: str) -> bool:
         """Say whether a process at this place, this one too, holds the lock of a token."""
-        fd = self._opened()
+        with translated(self._path):
+            # by the file that is open: at the path there may be another mount by now, whose locks say nothing of ours
+            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             return not try_lock(fd, token)
         finally:
@@ -69,17 +71,42 @@ class Presence:
         return token == self.token or self.is_held(token)
 
     def is_using(self, token: str, paths: Iterable[str], *, untouched_s: float | None = None) -> bool:
-        """Say whether the process of a token may live, at any place: one elsewhere does while one of `paths`, the files
-        that it is at work on, has changed less than `untouched_s` (else UNTOUCHED_S) ago.
+        """Say whether the process of a token may live, at any place: one elsewhere may while one of `paths`, the files
+        that it is at work on, changes at least every `untouched_s` (else UNTOUCHED_S).
 
-        Clocks are compared: one that is wrong by minutes costs a copy that begins again, or a file that stays longer.
+        How old a file is shows by its time, if it was also seen not to change for a minute: a clock may be wrong. Else
+        only by this process's own clock, from when it first saw the file as it is.
         """
         if self.is_alive(token):
             return True
         if token.startswith(self._of_place):
             return False
         limit_s = UNTOUCHED_S if untouched_s is None else untouched_s
-        return any(_age_s(path) < limit_s for path in paths)
+        changing = [self._may_change(path, limit_s) for path in paths]  # all of them are watched from now on
+        return any(changing)
+
+    def _may_change(self, path: str, limit_s: float) -> bool:
+        found = _stat(path)
+        if found is None:
+            self._watched.pop(path, None)
+            return False
+        version, now = (found.st_mtime_ns, found.st_size), time.monotonic()
+        since = self._watched.get(path, (None, 0.0))
+        if since[0] != version:
+            since = self._watched[path] = (version, now)
+        is_old = time.time() - found.st_mtime >= limit_s
+        return now - since[1] < (min(limit_s, _WATCHED_S) if is_old else limit_s)
+
+    def is_fresh(self, token: str, path: str, *, within_s: float) -> bool:
+        """Say whether a file tells of something that goes on: its process lives, or at another place, by the clocks of
+        both, has changed it a moment ago.
+        """
+        if self.is_alive(token):
+            return True
+        if token.startswith(self._of_place):
+            return False
+        found = _stat(path)
+        return found is not None and abs(time.time() - found.st_mtime) < within_s
 
 
 def _place_of(lock_fd: int) -> str:
@@ -92,8 +119,7 @@ def _place_of(lock_fd: int) -> str:
     return f"{boot_id}/{found.st_dev:x}/{found.st_ino:x}"
 
 
-def _age_s(path: str) -> float:
-    """Give how many seconds ago a file was changed; infinite when there is none."""
+def _stat(path: str) -> os.stat_result | None:
     with translated(path), suppress(FileNotFoundError):
-        return time.time() - os.stat(path).st_mtime
-    return float("inf")
+        return os.stat(path)
+    return None

@@ -125,9 +125,12 @@ class Steps:
 
     def _fill_spare(self, spare: str, path: str, write: Callable[[int], None], *, sync: bool) -> None:
         """Make a preallocated file the temporary `path`, and overwrite it in place."""
-        os.rename(spare, path)
         try:
+            os.utime(spare)  # it was made long ago: as a temporary it would count as a dead process's
+            os.rename(spare, path)
             self._fill(path, write, 0, sync=sync)
+        except FileNotFoundError as error:
+            raise Unavailable(f"{spare} was taken by another process") from error
         except OSError:
             self._remove_temporary(path)
             raise

@@ -73,9 +73,7 @@ _READ_BYTES = 1 << 16  # at a time: a buffer of a MiB for each small record cost
 _CLAIM_PATIENCE_S = 2.0
 _REREAD_PAUSE_S = 1.1
 _JOB_S = 600.0  # a job that is not renewed for so long, by the clock of who looks, is over
-_NOTE_FRESH_S = (
-    60.0  # so long another place's note of progress, which is written every second, tells of something alive
-)
+_NOTE_FRESH_S = 60.0  # so long a note of progress, which is written every second, tells of something alive
 
 
 def _open_surely(path: str) -> int | None:
@@ -1108,8 +1106,13 @@ class Store:
         return self._record_path("volumes", volume.id).removesuffix(".json") + f".content-{volume.uid}"
 
     def content(self, volume: VolumeRecord) -> Content | None:
-        """Give what is known to be on a volume: the node's own word, else what it inherited; None = never written."""
-        return self._find(Content, self._content_path(volume)) or volume.inherited_content
+        """Give what is known to be on a volume: the node's own word, else what it inherited; None = never written.
+
+        What is inherited is of no attachment of this volume: its generation, the source's, would be taken for one.
+        """
+        if own := self._find(Content, self._content_path(volume)):
+            return own
+        return replace(volume.inherited_content, generation=0) if volume.inherited_content else None
 
     def put_content(self, volume: VolumeRecord, content: Content) -> None:
         """Write down what is on a volume; only the node that has it attached does this.
@@ -1274,11 +1277,17 @@ class Store:
         """Give how far some process, here or on another host, is with filling a layer, None if none says so."""
         for path in self._progress_paths(layer_id):
             token = os.path.basename(path).partition(".")[0]
-            if self._presence.is_using(token, [path], untouched_s=_NOTE_FRESH_S):
+            if self._presence.is_fresh(token, path, within_s=_NOTE_FRESH_S):
                 with suppress(Corrupt):  # it is being written
                     if found := self._find(Progress, path):
                         return found
         return None
+
+    def may_be_filled(self, layer_id: str) -> bool:
+        """Say whether some process may be filling a layer: it lives, or is elsewhere and was not silent for long."""
+        tokens = {path: os.path.basename(path).partition(".")[0] for path in self._progress_paths(layer_id)}
+        using = (self._presence.is_using(token, [path], untouched_s=_NOTE_FRESH_S) for path, token in tokens.items())
+        return any(using)
 
     def prove_primitives(self) -> None:
         """Try the file operations that everything rests on, in the directory for temporaries; leaves nothing.

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pb import csi_pb2_grpc
-from lab.machine import GIB, NODE_ID, Machine
+from lab.machine import GIB, NODE_ID
 
 Modes = csi.VolumeCapability.AccessMode
 TIMEOUT_S = 60.0
@@ -29,10 +29,19 @@ def block_capability(*, mode: str = "SINGLE_NODE_WRITER") -> csi.VolumeCapabilit
     return csi.VolumeCapability(block=csi.VolumeCapability.BlockVolume(), access_mode=Modes(mode=mode))
 
 
+class Sockets(Protocol):
+    """Where a driver is: `c.sock` is its controller's socket, `n.sock` its node's; `base` is for mount points."""
+
+    base: Path
+
+    def channel(self, socket: str) -> grpc.Channel:
+        """Give a channel to one of them."""
+
+
 class Client:
     """Talks to the controller and the node of one machine. Errors are grpc.RpcError, untouched."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Sockets) -> None:
         self._base = machine.base
         self.controller = csi_pb2_grpc.ControllerStub(machine.channel("c.sock"))
         self.node = csi_pb2_grpc.NodeStub(machine.channel("n.sock"))
@@ -182,17 +191,24 @@ class Client:
 
     # --- whole ways --------------------------------------------------------------------------------------------
 
-    def use(self, volume_id: str, *, capability: csi.VolumeCapability | None = None, readonly: bool = False) -> Path:
+    def use(
+        self,
+        volume_id: str,
+        *,
+        node: str = NODE_ID,
+        capability: csi.VolumeCapability | None = None,
+        readonly: bool = False,
+    ) -> Path:
         """Attach, stage and publish as for a pod; gives the target path."""
-        context = self.attach(volume_id, capability=capability, readonly=readonly)
+        context = self.attach(volume_id, node=node, capability=capability, readonly=readonly)
         self.stage(volume_id, context, capability=capability)
         return self.publish(volume_id, context, capability=capability, readonly=readonly)
 
-    def release(self, volume_id: str) -> None:
+    def release(self, volume_id: str, *, node: str = NODE_ID) -> None:
         """Unpublish, unstage and detach as after a pod."""
         self.unpublish(volume_id)
         self.unstage(volume_id)
-        self.detach(volume_id)
+        self.detach(volume_id, node=node)
 
 
 def code_of(call: Callable[..., Any], *arguments: Any, **named: Any) -> grpc.StatusCode:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from host_fixtures import Standin, standin_mount, wait_until
 
+from csi_quobyte.errors import Unavailable
 from csi_quobyte.host import command
 from csi_quobyte.host.command import CommandFailed, CommandTimedOut, Detached, Limits, ProcessIdentity
 
@@ -172,6 +173,44 @@ def test_run_cpu_limit_holds() -> None:
     with pytest.raises(CommandFailed) as caught:
         command.run(["sh", "-c", "while :; do :; done"], timeout_s=20, limits=Limits(None, cpu_s=1))
     assert caught.value.status == 128 + signal.SIGXCPU
+
+
+_ASKS = 'test -t 0 && test -t 1 || exit 9; printf "first? "; read a; printf "second? "; read b; echo "$a $b"; exit 3'
+
+
+def test_questions_are_answered_on_a_terminal() -> None:
+    asked: list[str] = []
+
+    def answer(said: str) -> str:
+        if not said.endswith("? "):
+            return ""
+        asked.append(said)
+        return f"{len(asked)}\n"
+
+    done = command.run_answering(["sh", "-c", _ASKS], answer, timeout_s=10, ok_statuses=(3,))
+    assert done.status == 3
+    assert len(asked) == 2
+    assert asked[0] == "first? "
+    assert done.stdout.splitlines()[-1] == "1 2"
+
+
+def test_a_question_that_is_refused_ends_the_command_without_an_answer(tmp_path: Path) -> None:
+    def refuse(said: str) -> str:
+        raise Unavailable("no")
+
+    answered = tmp_path / "answered"
+    with pytest.raises(Unavailable, match="no"):
+        command.run_answering(["sh", "-c", f'printf "really? "; read a; touch {answered}'], refuse, timeout_s=10)
+    assert not answered.exists()
+
+
+def test_a_question_that_nobody_answers_ends_at_the_time_limit() -> None:
+    began = time.monotonic()
+    with pytest.raises(command.CommandTimedOut):
+        command.run_answering(["sh", "-c", 'printf "well? "; read a'], lambda _: "", timeout_s=0.3)
+    assert time.monotonic() - began < 5
+    with pytest.raises(command.CommandFailed, match="status 4"):
+        command.run_answering(["sh", "-c", "exit 4"], lambda _: "", timeout_s=10)
 
 
 def test_run_from_many_threads_at_once() -> None:

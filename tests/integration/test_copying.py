@@ -16,6 +16,7 @@ from controller_kit import SIZE_BYTES, Elsewhere, Kit, qemu_io, read_disk, tools
 
 from csi_quobyte.config import PoolSpec
 from csi_quobyte.engine import collector, copying
+from csi_quobyte.engine import collector as collector_module
 from csi_quobyte.engine.collector import Collector
 from csi_quobyte.engine.copying import Copier
 from csi_quobyte.errors import AlreadyExists, Busy, Exhausted, Refused, Unavailable
@@ -510,7 +511,8 @@ def test_copy_that_is_under_way_is_not_begun_a_second_time(slow: Kit) -> None:
     begin(slow, copy_of_s(slow))
     other = Copier(tools(), "main")
     try:
-        assert not other.resume(slow.store, slow.volume_id("n"), slow.released.append)
+        assert other.resume(slow.store, slow.volume_id("n"), slow.released.append), "it has to be asked again"
+        assert other._jobs == {}
         slow.delete("n")
         assert not other.resume(slow.store, slow.volume_id("n"), slow.released.append)
     finally:
@@ -522,6 +524,28 @@ def test_copy_that_is_under_way_is_not_begun_a_second_time(slow: Kit) -> None:
 def source_markers(kit: Kit) -> list[str]:
     """The kinds of markers on the layer of snapshot s."""
     return [name[0] for name in kit.store.markers(kit.store.snapshot(kit.snapshot_id("s")).layer) or []]
+
+
+def test_copy_of_a_host_that_died_a_moment_ago_is_begun_again_later(slow: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its note it may still be at work when the next controller starts, which therefore asks again."""
+    begin_and_kill(slow)
+    head = slow.store.volume(slow.volume_id("n")).head
+    far = Elsewhere(slow.store.root)
+    far.put_progress(head, 1, 2)
+    far.close()
+    monkeypatch.setattr(collector_module, "RESUME_EVERY_S", 0.1)
+    monkeypatch.setattr("csi_quobyte.pool.store._NOTE_FRESH_S", 1.0)
+    copier = Copier(tools(), "main")
+    pools = Pools([PoolSpec("main", slow.store.root)], require_mount="any", timeout_s=PATIENCE_S)
+    collector = Collector(pools.all[0], tools(), resume=copier.resume)
+    collector.start()
+    try:
+        eventually(lambda: slow.store.volume(slow.volume_id("n")).state is VolumeState.READY)
+        assert holds(slow, "n", 7)
+        eventually(lambda: not collector._others_copies)
+    finally:
+        assert collector.stop(PATIENCE_S)
+        assert copier.stop(PATIENCE_S)
 
 
 def test_cache_whose_process_is_killed_is_given_up_and_made_by_the_next_who_wants_it(slow: Kit) -> None:

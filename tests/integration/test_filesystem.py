@@ -451,6 +451,23 @@ def test_unmounted_ext4_grows_and_keeps_its_data(
 
 
 @pytest.mark.root
+def test_ext4_that_no_kernel_grows_mounted_grows_before_it_is_mounted(
+    directory: Path, new_device: NewDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a node that may grow others mounted."""
+    monkeypatch.setattr(filesystem, "_has_capability", lambda _: True)
+    for options, is_wanted in (("-O sparse_super2", True), ("", False)):
+        device = new_device()
+        make(device, "ext4", options)
+        assert not filesystem.has_to_grow_unmounted(device.path, "ext4")
+        enlarge(directory, device, 1024 * MIB)
+        assert filesystem.has_to_grow_unmounted(device.path, "ext4") == is_wanted
+        filesystem.grow_unmounted(device.path, "ext4")
+        shell("e2fsck", "-f", "-n", device.path)
+        assert not filesystem.needs_growth(device.path, "ext4", None)
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("rest_bytes", [4096, MIB, 2 * MIB, 3 * MIB, 8 * MIB, 16 * MIB])
 def test_growth_ends_also_when_the_last_group_does_not_fit(
     rest_bytes: int, directory: Path, new_device: NewDevice

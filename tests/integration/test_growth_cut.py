@@ -5,12 +5,14 @@ them up to a moment: all of them (the process was killed), or of those after the
 `make power-loss` tries every moment.
 """
 
+import json
 import os
 import random
 import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from node_kit import host_on
 from running import MIB, machine_of, read_tree, write_tree
 from test_crash_steps import SEED
 
-from csi_quobyte.errors import Refused
+from csi_quobyte.errors import Refused, Unavailable
 from csi_quobyte.host import filesystem, loop, mounts
 from csi_quobyte.pool.records import Content
 from csi_quobyte.pool.sizes import SizeRange
@@ -169,6 +171,51 @@ def test_interrupted_growth_is_made_whole_and_goes_on(recorded: Recorded) -> Non
         tried += 1
     print(f"{tried} cuts, 0 bad; {undecided} of them e2fsck -p leaves to a human")
     assert undecided or not EVERY_CUT  # else nothing of this would be needed
+
+
+def test_block_that_cannot_be_read_is_never_overwritten_by_the_repair(recorded: Recorded) -> None:
+    """e2fsck -y answers "Ignore error" and "Force rewrite" with yes: the block's files are gone, and all is well."""
+    done = next(one for one in cuts(recorded.writes) if is_undecided(recorded, cut_image(recorded, one)))
+    image = cut_image(recorded, done)
+    with (
+        unreadable(recorded, image, block=inode_table(recorded.image) + 4) as device,
+        pytest.raises(Unavailable, match="Error reading block"),
+    ):
+        filesystem.repair(device.path, "ext4", timeout_s=60, after_growth=True)
+    device = loop.ensure(TAG, str(image), read_only=False)
+    filesystem.repair(device.path, "ext4", timeout_s=60, after_growth=True)
+    assert mounted(device, recorded.directory / "mnt") == recorded.files
+    loop.release(TAG, timeout_s=10)
+
+
+def inode_table(image: Path) -> int:
+    """Give the first block of the inode table of the first block group."""
+    said = subprocess.run(["dumpe2fs", image], check=True, timeout=60, capture_output=True, text=True).stdout
+    return int(said.partition("Inode table at ")[2].partition("-")[0])
+
+
+@contextmanager
+def unreadable(recorded: Recorded, image: Path, *, block: int) -> Iterator[loop.LoopDevice]:
+    """Give a device on an image of which a block of 1 KiB cannot be read the first four times, as on an ill pool."""
+    export = recorded.directory / "unreadable"
+    export.touch()
+    error = {"event": "none", "iotype": "read", "sector": block * 2, "errno": 5, "once": True}
+    debug = {"driver": "blkdebug", "node-name": "bad", "image": "image", "inject-error": [error] * 4}
+    daemon = subprocess.Popen(
+        [
+            f"{QEMU_DIR}/qemu-storage-daemon",
+            *("--blockdev", f"file,node-name=image,filename={image}"),
+            *("--blockdev", json.dumps(debug)),
+            *("--export", f"fuse,id=export,node-name=bad,mountpoint={export},writable=on"),
+        ]
+    )
+    try:
+        wait_for("the export", lambda: export.stat().st_size == GROWN_BYTES)
+        yield loop.ensure(TAG, str(export), read_only=False)
+    finally:
+        loop.release(TAG, timeout_s=10)
+        daemon.terminate()
+        daemon.wait(20)
 
 
 @pytest.mark.timeout(600)

@@ -415,6 +415,61 @@ def test_a_formatting_note_of_another_attachment_does_not_license_mkfs(hosts: Ho
     assert hosts.machine.leftovers() == []
 
 
+@pytest.mark.parametrize("how", ["clone", "snapshot", "copy"])
+def test_a_late_formatting_note_does_not_license_mkfs_in_a_clone_either(hosts: Hosts, how: str) -> None:
+    """The note is inherited, and the clone's first attachment has the number of the source's."""
+    a, b = hosts.a, hosts.b
+    volume = a.kit.create("v", size=SIZE)
+    first = a.attach(volume)
+
+    def taken_over(step: str, path: str) -> None:
+        if step == "rename" and ".content-" in path:
+            a.kit.detach("v", node="a")
+            hosts.agree()
+            second = b.attach(volume)
+            (b.stage(volume, second) / "precious").write_text("kept")
+            b.close(volume)
+            b.detach(volume)
+
+    slow = Store(a.kit.store.root, observer=taken_over)
+    slow.put_content(volume, Content(state="formatting", filesystem="ext4", generation=first))
+    slow.close()
+    hosts.agree()
+    content = b.kit.store.content(volume)
+    assert content
+    assert content.state == "formatting"
+    source = b.kit.from_volume("v")
+    if how != "clone":
+        b.kit.snapshot("s", of="v")
+        source = b.kit.from_snapshot("s")
+    clone = b.kit.create("w", source=source, **({"clone_mode": "copy"} if how == "copy" else {}))
+    generation = b.attach(clone)
+    assert generation == first
+    assert (b.stage(clone, generation) / "precious").read_text() == "kept"
+    b.unstage(clone)
+    assert hosts.machine.leftovers() == []
+
+
+def test_a_note_that_comes_after_another_attachment_is_refused(hosts: Hosts) -> None:
+    """Of a node that lost the volume; the next one had nothing to write down but that it has it."""
+    a, b = hosts.a, hosts.b
+    volume = a.kit.create("v", size=SIZE)
+    first = a.attach(volume)
+    a.stage(volume, first)
+    a.close(volume)
+    a.detach(volume)
+    second = a.attach(volume)
+    a.detach(volume)
+    hosts.agree()
+    third = b.attach(volume)
+    b.stage(volume, third)
+    hosts.agree()
+    with pytest.raises(Refused):
+        a.kit.store.put_content(volume, Content(state="formatted", filesystem="ext4", generation=second, growing=True))
+    b.unstage(volume)
+    assert hosts.machine.leftovers() == []
+
+
 @pytest.mark.parametrize("data_path", ["fuse", "loop"])
 def test_a_stage_that_hung_does_not_grow_what_is_not_its_node_s_any_more(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch, data_path: str

@@ -55,6 +55,26 @@ def depth(kit: Kit) -> int:
     return len(kit.chain("v"))
 
 
+def test_everything_is_looked_at_in_time_while_there_is_always_something_else_to_do(
+    kit: Kit, start: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[float] = []
+    sweep = collector_module._sweep
+
+    def counted(*given: object) -> object:
+        passes.append(time.monotonic())
+        return sweep(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(collector_module, "_sweep", counted)
+    monkeypatch.setattr(collector_module, "PASS_EVERY_S", 0.5)
+    collector = start()
+    deadline = time.monotonic() + DEADLINE_S
+    while len(passes) < 4:
+        collector.release(f"{len(passes):024x}")
+        time.sleep(0.1)
+        assert time.monotonic() < deadline, "it only looks at what it is told of"
+
+
 def test_what_was_left_before_the_start_is_merged(kit: Kit, start: Callable[..., Collector]) -> None:
     two_layers(kit)
     start()

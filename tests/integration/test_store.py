@@ -21,7 +21,7 @@ import pytest
 from controller_kit import OWNER, Elsewhere, Kit, tree
 
 from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
-from csi_quobyte.pool import images, records
+from csi_quobyte.pool import images, presence, records
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import LayerRecord, LayerState, Modes, Owner, Progress, VolumeState
 from csi_quobyte.pool.store import Store, initialise, read_format
@@ -534,7 +534,23 @@ def test_temporaries_of_a_dead_process_are_stale_and_those_of_a_living_one_are_n
     assert sorted(store.stale_temporaries()) == sorted(map(str, files))
 
 
-def test_temporaries_of_another_host_are_stale_when_none_of_them_has_changed_for_long(pool: Path, store: Store) -> None:
+class Clock:
+    """Stands for the module time: an own clock that is turned on by hand."""
+
+    time = staticmethod(time.time)
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+def test_temporaries_of_another_host_are_stale_when_none_of_them_has_changed_for_long(
+    pool: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(presence, "time", clock)
     far = Elsewhere(pool)
     old, new = (pool / "tmp" / f"{far.token}.00000000000{number}" for number in range(2))
     for file in (old, new):
@@ -542,8 +558,61 @@ def test_temporaries_of_another_host_are_stale_when_none_of_them_has_changed_for
     os.utime(old, (0.0, 0.0))
     far.close()  # its lock says that it is dead; on another host nobody would see it
     assert store.stale_temporaries() == []
-    os.utime(new, (0.0, 0.0))
+    clock.now_s += 61
+    assert store.stale_temporaries() == [], "one is new"
+    os.utime(new, (1.0, 1.0))
+    assert store.stale_temporaries() == [], "a clock may be wrong: it has changed since it was seen"
+    clock.now_s += 61
     assert sorted(store.stale_temporaries()) == [str(old), str(new)]
+
+
+@pytest.mark.parametrize("wrong_s", [-365 * 86400, 365 * 86400])
+def test_wrong_clock_of_another_host_neither_keeps_a_file_for_ever_nor_takes_it_away(
+    wrong_s: int, pool: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(presence, "time", clock)
+    far, layer_id = Elsewhere(pool), records.new_layer_id()
+    far.close()  # its lock says nothing; it is at work all the same
+    for seconds in range(40):
+        far.put_progress(layer_id, seconds, 100)
+        note = pool / "tmp" / f"{far.token}.{layer_id[:12]}"
+        os.utime(note, (time.time() + wrong_s + 30 * seconds,) * 2)
+        assert store.stale_temporaries() == []
+        assert store.may_be_filled(layer_id)
+        clock.now_s += 30
+    clock.now_s += 600
+    assert store.stale_temporaries() == [str(note)]
+    assert not store.may_be_filled(layer_id)
+
+
+def test_locks_of_another_mount_at_the_same_path_say_nothing(pool: Path, store: Store) -> None:
+    """A store that was opened before a remount still judges by the locks of the mount that it was opened on."""
+    other = Store(str(pool))
+    (pool / "lock").rename(pool / "lock.before")
+    (pool / "lock").touch()
+    assert store.is_alive(other.token)
+    other.close()
+    assert not store.is_alive(other.token)
+
+
+def test_reserve_file_that_is_used_up_counts_as_new(pool: Path, store: Store) -> None:
+    """It was made long ago: another host would take the temporary file that it becomes for a dead process's."""
+    store.replenish_reserve()
+    for spare in (pool / "reserve").iterdir():
+        os.utime(spare, (0.0, 0.0))
+    full = [OSError(errno.ENOSPC, "full")]
+
+    def write(fd: int) -> None:
+        if full:
+            raise full.pop()
+        os.write(fd, b"x")
+
+    path = store._steps.write_temporary(write, reserve=store._reserve_file)
+    assert time.time() - Path(path).stat().st_mtime < 60
+    full.append(OSError(errno.ENOSPC, "full"))
+    with pytest.raises(Unavailable, match="taken by another"):
+        store._steps.write_temporary(write, reserve=lambda: f"{pool}/reserve/{'0' * 32}")
 
 
 def test_progress_is_seen_from_another_host_while_it_is_noted(pool: Path, store: Store) -> None:
