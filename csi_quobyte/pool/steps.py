@@ -180,8 +180,9 @@ class Steps:
         """
         with suppress(OSError):
             if data is None:
-                os.unlink(path)
+                self._remove_temporary(path)
             else:
+                self.abandoned.discard(path)
                 self._fill(path, lambda fd: write_whole(fd, data), os.O_CREAT, sync=False)
 
     # --- names -------------------------------------------------------------------------------------------------
