@@ -63,6 +63,8 @@ _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # an interpreter of our own would cost ten times as much for each volume.
 # `trap :` and not `trap ''`: an ignored signal would stay ignored in the daemon after exec, a caught one does not.
 # The daemon runs in the foreground of the supervisor, because a shell sets SIGINT to "ignore" for background jobs.
+# A pid file that is there is never replaced: a process that was killed in the middle of a start has left a supervisor
+# that goes on, and of its daemon and that of the next start only one may live, the one that the file names.
 # The inner shell becomes the daemon by exec, so its own pid is the daemon's, known before the daemon runs.
 _SUPERVISOR = r"""
 trap : TERM INT HUP
@@ -79,7 +81,10 @@ _BECOME_DAEMON = r"""
 start_time() { read -r line < "/proc/$1/stat" && set -- ${line##*) } && shift 19 && printf %s "$1"; }
 start=$(start_time $$) || exit 125
 identity="$$ $start $2 $3"
-printf '%s\n' "$identity" > "$1.tmp" && mv -f -- "$1.tmp" "$1" || exit 125
+printf '%s\n' "$identity" > "$1.$$" && ln -- "$1.$$" "$1"
+linked=$?
+rm -f -- "$1.$$"
+[ $linked = 0 ] || exit 125
 printf '%s\n' "$identity"
 shift 3
 exec "$@" >&2

@@ -22,6 +22,7 @@ UNTOUCHED_S = 600.0
 """When a process of another place has changed none of its temporary files for so long, it has died."""
 _WATCHED_S = 60.0
 """Clocks of hosts may differ: nothing is old before it was seen not to change for so long by one's own clock."""
+_LONG_AGO_S = 86400.0  # no clock is believed to be wrong by so much; a command that only looks once sees it at once
 _TOKEN_DIGITS = 16
 _PLACE_DIGITS = 6
 
@@ -74,8 +75,8 @@ class Presence:
         """Say whether the process of a token may live, at any place: one elsewhere may while one of `paths`, the files
         that it is at work on, changes at least every `untouched_s` (else UNTOUCHED_S).
 
-        How old a file is shows by its time, if it was also seen not to change for a minute: a clock may be wrong. Else
-        only by this process's own clock, from when it first saw the file as it is.
+        How old a file is shows by its time, if it is a day, or was also seen not to change for a minute: a clock may be
+        wrong. Else only by this process's own clock, from when it first saw the file as it is.
         """
         if self.is_alive(token):
             return True
@@ -90,12 +91,14 @@ class Presence:
         if found is None:
             self._watched.pop(path, None)
             return False
+        age_s = time.time() - found.st_mtime
+        if age_s >= max(limit_s, _LONG_AGO_S):
+            return False
         version, now = (found.st_mtime_ns, found.st_size), time.monotonic()
         since = self._watched.get(path, (None, 0.0))
         if since[0] != version:
             since = self._watched[path] = (version, now)
-        is_old = time.time() - found.st_mtime >= limit_s
-        return now - since[1] < (min(limit_s, _WATCHED_S) if is_old else limit_s)
+        return now - since[1] < (min(limit_s, _WATCHED_S) if age_s >= limit_s else limit_s)
 
     def is_fresh(self, token: str, path: str, *, within_s: float) -> bool:
         """Say whether a file tells of something that goes on: its process lives, or at another place, by the clocks of
