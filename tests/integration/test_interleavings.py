@@ -18,7 +18,7 @@ from running import MIB, Code, eventually, fails, machine_of, running
 
 from csi_quobyte.config import PoolSpec
 from csi_quobyte.engine import collector, layers
-from csi_quobyte.errors import Busy, Refused, Unavailable
+from csi_quobyte.errors import Busy, Exhausted, Refused, Unavailable
 from csi_quobyte.host import filesystem
 from csi_quobyte.operations.staging import PublishRequest
 from csi_quobyte.pool import images
@@ -466,6 +466,28 @@ def test_a_note_that_comes_after_another_attachment_is_refused(hosts: Hosts) -> 
     hosts.agree()
     with pytest.raises(Refused):
         a.kit.store.put_content(volume, Content(state="formatted", filesystem="ext4", generation=second, growing=True))
+    b.unstage(volume)
+    assert hosts.machine.leftovers() == []
+
+
+def test_a_full_pool_does_not_keep_a_volume_from_its_next_node(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the node has to write down is that it has the volume; who is to make space may need it."""
+    a, b = hosts.a, hosts.b
+    volume = a.kit.create("v", size=SIZE)
+    (a.stage(volume, a.attach(volume)) / "precious").write_text("kept")
+    a.close(volume)
+    a.detach(volume)
+    hosts.agree()
+    asked: list[Content] = []
+
+    def no_space(_: object, content: Content) -> None:
+        asked.append(content)
+        raise Exhausted("full")
+
+    monkeypatch.setattr(b.kit.store, "put_content", no_space)
+    generation = b.attach(volume)
+    assert (b.stage(volume, generation) / "precious").read_text() == "kept"
+    assert [content.generation for content in asked] == [generation]
     b.unstage(volume)
     assert hosts.machine.leftovers() == []
 
