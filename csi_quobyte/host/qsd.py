@@ -212,8 +212,8 @@ class Daemons:
         _unmount_dead(f"{directory}/export")
         try:
             Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-            for stale in ("qmp", "flushed"):
-                Path(f"{directory}/{stale}").unlink(missing_ok=True)
+            # not the socket: it may be the one of a start that was under way when its process died; QEMU replaces it
+            Path(f"{directory}/flushed").unlink(missing_ok=True)
             Path(f"{directory}/export").touch(mode=0o600)
             detached = command.spawn_detached(
                 _daemon_argv(self._tools, f"{directory}/qmp"),

@@ -20,8 +20,7 @@ from node_kit import AS_BLOCK, Host, as_line, host_on
 from running import MIB, machine_of, read_tree, write_tree
 from test_crash_steps import SEED, Runner, _named, retry
 
-from csi_quobyte.errors import Busy
-from csi_quobyte.host.command import CommandFailed
+from csi_quobyte.errors import Busy, Unavailable
 from csi_quobyte.pool.records import VolumeRecord
 from csi_quobyte.pool.sizes import SizeRange
 from lab.machine import Machine
@@ -189,7 +188,7 @@ def call_again(story: Story) -> None:
     def call() -> None:
         try:
             calls[story.case.call]()
-        except CommandFailed as error:  # what the killed process had begun to start goes on for a moment
+        except Unavailable as error:  # what the killed process had begun to start goes on, or ends, for a moment
             raise Busy(str(error)) from error
 
     retry(call)
