@@ -158,21 +158,42 @@ class Node:
             NotFound: no such volume.
             Refused: not attached to this node with this generation; the file system is damaged, or not there though
                 the volume was formatted; the staging path is used for something else.
+            AlreadyExists: it is staged, and the request wants another access type or file system.
             Corrupt: the layers are not what the records say.
             Busy, Unavailable: try again.
         """
         with self._lock(request.volume_id):
-            key = self._key(request.volume_id)
+            key, admitted = self._key(request.volume_id), False
             try:
                 volume, attachment = self._attached(store, request.volume_id, request.generation)
-                _check_request(volume, request)
+                self._check_request(volume, request)
                 _check_staging_path(request)
+                admitted = True
                 self._stage(store, volume, attachment, request)
             except _FINAL as error:
-                # the kubelet may never unstage what it has been told for good was not staged
-                self._give_up(key, request.staging_path, kill=isinstance(error, _StaleError))
+                # the kubelet may never unstage what it has been told for good was not staged; but a call that came
+                # late, or is wrong, takes nothing from the attachment that there is
+                if admitted or not self._stands(store.find_volume(request.volume_id)):
+                    self._give_up(key, request.staging_path, kill=isinstance(error, _StaleError))
                 raise
             self._count_staged()
+
+    def _stands(self, volume: VolumeRecord | None) -> bool:
+        """Say whether a volume is staged here, at least in part, for the attachment that its record has."""
+        return volume is not None and self.is_staged(volume.id) and not self.is_stale(volume.id, volume)
+
+    def _check_request(self, volume: VolumeRecord, request: StageRequest) -> None:
+        """Check what the request wants against what the volume was made for.
+
+        Raises:
+            AlreadyExists: it is something else, and the volume is staged: the code that the CSI specification asks for.
+            Refused: it is something else.
+        """
+        kind = AlreadyExists if self._stands(volume) else Refused
+        if request.access_type != volume.access_type:
+            raise kind(f"volume {volume.id} was made for access type {volume.access_type}, not {request.access_type}")
+        if request.filesystem and request.filesystem != volume.filesystem:
+            raise kind(f"volume {volume.id} was made for file system {volume.filesystem}, not {request.filesystem}")
 
     def _stage(self, store: Store, volume: VolumeRecord, attachment: Attachment, request: StageRequest) -> None:
         key = self._key(volume.id)
@@ -258,15 +279,15 @@ class Node:
         """Give a volume and this node's attachment of it.
 
         Raises:
-            Refused: it is not attached to this node, or the generation is a stale one: another stage may follow.
+            Refused: it is not attached to this node, or the generation is another one's: another stage may follow.
         """
         volume = ready_volume(store, volume_id)
         for attachment in volume.attachments:
             if attachment.node == self._node_id:
                 if attachment.generation != generation:
                     raise _StaleError(
-                        f"volume {volume_id}: generation {generation} is stale, the attachment has "
-                        f"{attachment.generation}"
+                        f"volume {volume_id} is attached to node {self._node_id} with generation "
+                        f"{attachment.generation}, not {generation}: the call is about another attachment"
                     )
                 return volume, attachment
         raise _StaleError(f"volume {volume_id} is not attached to node {self._node_id}")
@@ -751,13 +772,6 @@ def _check_backing_names(store: Store, chain: Sequence[LayerRecord]) -> None:
         wanted = store.backing_name(layer.id, parent) if parent else None
         if found != wanted:
             raise Corrupt(f"{store.image_path(layer)} names the backing file {found!r}, its record says {wanted!r}")
-
-
-def _check_request(volume: VolumeRecord, request: StageRequest) -> None:
-    if request.access_type != volume.access_type:
-        raise Refused(f"volume {volume.id} was made for access type {volume.access_type}, not {request.access_type}")
-    if request.filesystem and request.filesystem != volume.filesystem:
-        raise Refused(f"volume {volume.id} was made for file system {volume.filesystem}, not {request.filesystem}")
 
 
 def _check_staging_path(request: StageRequest) -> None:

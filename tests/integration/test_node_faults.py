@@ -289,7 +289,8 @@ def test_a_look_has_four_answers(hosts: Hosts) -> None:
         standin.resume()
     a.detach(volume)
     wait_for("the pool to answer", lambda: attachments.standing(volume.id) is Standing.TAKEN)
-    assert attachments.is_surely_taken(volume.id)
+    # asked of the pool's health too, which may still wait for a look of before
+    wait_for("the pool to be healthy", lambda: attachments.is_surely_taken(volume.id))
     standin.kill()
     wait_for("the pool to be dead", lambda: attachments.standing(volume.id) is Standing.UNREACHABLE)
     assert attachments_of(a, timeout_s=1.0).standing(volume.id) is Standing.UNREACHABLE

@@ -242,6 +242,55 @@ def test_S52_a_stale_generation_is_refused(machine: Machine, calls: Client) -> N
     calls.release(volume)
 
 
+@every_path
+@pytest.mark.parametrize("access_type", ["mount", "block"])
+def test_a_wrong_call_takes_nothing_from_what_is_staged(
+    machine: Machine, calls: Client, path: str, access_type: str
+) -> None:
+    """Neither a call of an attachment of before, which came late, nor one that wants something else."""
+    capability = mount_capability() if access_type == "mount" else block_capability()
+    volume = calls.create("wrong", EXT4_BYTES, capability=capability, **PATHS[path]).volume_id
+    old = calls.attach(volume, capability=capability)
+    calls.detach(volume)
+    context = calls.attach(volume, capability=capability)
+    staged = calls.stage(volume, context, capability=capability)
+    held = calls.publish(volume, context, capability=capability) if access_type == "block" else staged
+    data = os.urandom(4096)
+
+    def write_unsynced() -> None:
+        if access_type == "block":
+            with held.open("r+b", buffering=0) as device:
+                device.write(data)
+        else:
+            (held / "unsynced").write_bytes(data)
+
+    write_unsynced()
+    if access_type == "block":
+        calls.unpublish(volume)  # staged only, as between two pods of a node
+    stage = calls.node.NodeStageVolume
+    plain = {"volume_capability": capability}
+    other = block_capability() if access_type == "mount" else mount_capability()
+    wrong: list[tuple[Code, dict[str, Any]]] = [
+        (Code.FAILED_PRECONDITION, {**plain, "publish_context": old}),
+        (Code.FAILED_PRECONDITION, {**plain, "publish_context": {"generation": "99"}}),
+        (Code.ALREADY_EXISTS, {"volume_capability": other}),
+        (Code.FAILED_PRECONDITION, {**plain, "staging_target_path": str(machine.base / "controller.log")}),
+    ]
+    if access_type == "mount":
+        wrong.append((Code.ALREADY_EXISTS, {"volume_capability": mount_capability("xfs")}))
+    for code, changed in wrong:
+        fails(code, stage, stage_request(calls, volume, context, **changed))
+        calls.publish(volume, context, capability=capability)  # staged as it was
+        calls.unpublish(volume)
+    calls.unstage(volume)
+    calls.detach(volume)
+    target = calls.use(volume, capability=capability)
+    found = read_device(target, 4096, 0) if access_type == "block" else (target / "unsynced").read_bytes()
+    assert found == data
+    calls.release(volume)
+    assert machine.leftovers() == []
+
+
 def test_a_staging_path_that_is_something_else(machine: Machine, calls: Client) -> None:
     volume = calls.create("path", EXT4_BYTES).volume_id
     context = calls.attach(volume)
