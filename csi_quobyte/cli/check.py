@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import click
 
@@ -69,6 +69,8 @@ def _repair(name: str, store: Store, tools: QemuTools, check_image: CheckImage, 
         possible = sum(action.action != "none" for action in planned.actions)
         is_wanted = bool(possible) and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
         if not is_wanted:
+            if possible and not as_json:
+                click.echo("nothing was changed; csi-quobyte check --repair --yes does what it would do")
             return not planned.before.findings
         if not click.confirm(f"Do these {possible} things in pool {name}?"):
             return False
@@ -103,7 +105,9 @@ def _print_outcome(name: str, outcome: Outcome, *, dry_run: bool, as_json: bool)
         else:
             words = f"{action.action}: {'done' if action.done else 'NOT DONE'}"
         click.echo(f"{action.kind}: {where}: {words}: {action.reason}")
-    _print(name, outcome.after, as_json=False)
+    told = {(action.kind, action.id, action.path) for action in outcome.actions}
+    _print_findings(one for one in outcome.after.findings if (one.kind, one.id, one.path) not in told)
+    _print_sum(name, outcome.after)
 
 
 def _as_json(name: str, result: Result) -> dict[str, object]:
@@ -121,9 +125,17 @@ def _print(name: str, result: Result, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_as_json(name, result)))
         return
-    for finding in result.findings:
+    _print_findings(result.findings)
+    _print_sum(name, result)
+
+
+def _print_findings(findings: Iterable[Finding]) -> None:
+    for finding in findings:
         where = " ".join(part for part in (finding.id, finding.path) if part)
         click.echo(f"{finding.severity}: {finding.kind}: {where}: {finding.detail}")
+
+
+def _print_sum(name: str, result: Result) -> None:
     click.echo(
         f"pool {name}: {result.volumes} volumes, {result.snapshots} snapshots, {result.layers} layers checked "
         f"({result.skipped_live} in use, not opened): {len(result.findings) or 'no'} findings"

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -17,19 +18,23 @@ from csi_quobyte.cli.opening import open_pools
 from csi_quobyte.engine import index as index_module
 from csi_quobyte.engine.index import Index
 from csi_quobyte.engine.space import LayerSpace, Space, space_of
-from csi_quobyte.errors import NotFound
+from csi_quobyte.errors import InvalidArgument, NotFound
 from csi_quobyte.pool.mount import RequireMount
 from csi_quobyte.pool.records import (
     ImageRecord,
     LayerRecord,
+    Marker,
     Owning,
     SnapshotRecord,
     VolumeRecord,
+    image_id,
     is_layer_id,
     layer_of,
     marker_of,
     parse_id,
     parse_marker,
+    snapshot_id,
+    volume_id,
 )
 from csi_quobyte.pool.sizes import human
 from csi_quobyte.pool.store import Store
@@ -71,42 +76,74 @@ def _print_objects(rows: list[dict[str, Any]]) -> None:
 
 
 @click.command()
-@click.argument("record_id", metavar="ID")
+@click.argument("wanted", metavar="ID|NAME")
 @_looking
-def show(record_id: str, pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
-    """Show one volume, snapshot, golden image or layer whole: its record, its chain, its files and who refers to it."""
+def show(wanted: str, pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
+    """Show one volume, snapshot, golden image or layer whole: its record, its chain, its files and who refers to it.
+
+    It is given by its id, or by its CSI name such as pvc-…; what is in the trash is shown by csi-quobyte trash ls.
+    """
     with open_pools(pool, require_mount) as opened:
-        for one, store in opened:
-            if found := _details(store, record_id):
-                found["pool"] = one.name
-                click.echo(json.dumps(found, default=_plain) if as_json else _as_text(found))
-                return
-        raise NotFound(f"nothing in these pools has the id {record_id}; csi-quobyte ls prints the ids")
+        found = [(one.name, id_) for one, store in opened for id_ in _ids(store, wanted)]
+        if not found:
+            raise NotFound(f"nothing in these pools has the id or name {wanted}; csi-quobyte ls prints both")
+        if len(found) > 1:
+            meant = ", ".join(f"{record_id} in pool {name}" for name, record_id in found)
+            raise InvalidArgument(f"{wanted!r} is the name of {meant}: give the id")
+        [(name, record_id)] = found
+        details = next(_details(store, record_id) for one, store in opened if one.name == name)
+        if details is None:
+            raise NotFound(f"{record_id} was deleted at this moment")
+        details["pool"] = name
+        click.echo(json.dumps(details, default=_plain) if as_json else _as_text(details))
+
+
+def _ids(store: Store, wanted: str) -> Iterator[str]:
+    """Give the ids of what a pool has of an id or a CSI name."""
+    if parse_id(wanted) or is_layer_id(wanted):
+        finders = (store.find_volume, store.find_snapshot, store.find_image, store.find_layer)
+        if any(find(wanted) for find in finders):
+            yield wanted
+        return
+    if store.find_volume(found := volume_id(store.prefix, wanted)):
+        yield found
+    if store.find_snapshot(found := snapshot_id(store.prefix, wanted)):
+        yield found
+    if store.find_image(found := image_id(store.prefix, wanted)):
+        yield found
 
 
 @click.command()
 @click.argument("volume", required=False)
 @_looking
 def tree(volume: str | None, pool: tuple[str, ...], require_mount: RequireMount, as_json: bool) -> None:
-    """Draw the layers, base first, with what refers to each; only those of VOLUME if it is given."""
+    """Draw the layers, base first, with what refers to each; those of VOLUME (its id or CSI name) if it is given."""
     with open_pools(pool, require_mount) as opened:
-        indexes = [(one, store, index_module.read(store)) for one, store in opened]
-        if volume:
-            indexes = [entry for entry in indexes if volume in entry[2].volumes]
-            if not indexes:
-                raise NotFound(f"no volume has the id {volume}; csi-quobyte ls prints the ids")
-        for one, store, found in indexes:
-            _print_tree(one.name, store, found, _roots(found, volume), as_json)
+        drawn = 0
+        for one, store in opened:
+            found = index_module.read(store)
+            chosen = _volume_of(found, store.prefix, volume) if volume else None
+            if volume and chosen is None:
+                continue
+            _print_tree(one.name, store, found, _roots(found, chosen), as_json)
+            drawn += 1
+        if volume and not drawn:
+            raise NotFound(f"no volume has the id or name {volume}; csi-quobyte ls prints both")
+
+
+def _volume_of(found: Index, prefix: str, wanted: str) -> VolumeRecord | None:
+    return found.volumes.get(wanted) or found.volumes.get(volume_id(prefix, wanted))
 
 
 def _print_tree(pool: str, store: Store, found: Index, roots: list[LayerRecord], as_json: bool) -> None:
+    children = _children_of(found)
     if as_json:
-        nodes = [_as_nodes(store, found, layer, 0) for layer in roots]
+        nodes = [_as_nodes(store, children, layer, 0) for layer in roots]
         click.echo(json.dumps({"pool": pool, "layers": nodes}, default=_plain))
         return
     drawing = Tree(Text(f"pool {pool}"))
     for layer in roots:
-        _draw(store, found, layer, drawing, 0)
+        _draw(store, found, children, layer, drawing, 0)
     _console().print(drawing)
 
 
@@ -273,17 +310,10 @@ def _as_text(details: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _roots(found: Index, volume_id: str | None) -> list[LayerRecord]:
-    """Give the layers to begin drawing with: all bases, or the base of one volume.
-
-    Raises:
-        NotFound: no such volume.
-    """
-    if volume_id is None:
-        return [layer for layer in found.layers.values() if layer.parent not in found.layers]
-    volume = found.volumes.get(volume_id)
+def _roots(found: Index, volume: VolumeRecord | None) -> list[LayerRecord]:
+    """Give the layers to begin drawing with: all bases, or the base of one volume."""
     if volume is None:
-        raise NotFound(f"volume {volume_id} does not exist")
+        return [layer for layer in found.layers.values() if layer.parent not in found.layers]
     layer = found.layers.get(volume.head)
     seen: set[str] = set()
     while layer and layer.parent in found.layers and layer.id not in seen:
@@ -292,8 +322,15 @@ def _roots(found: Index, volume_id: str | None) -> list[LayerRecord]:
     return [layer] if layer else []
 
 
-def _children(found: Index, layer: LayerRecord) -> list[LayerRecord]:
-    return [child for child in found.layers.values() if child.parent == layer.id]
+_Children = Mapping[str, Sequence[LayerRecord]]
+
+
+def _children_of(found: Index) -> _Children:
+    children = defaultdict[str, list[LayerRecord]](list)
+    for layer in found.layers.values():
+        if layer.parent:
+            children[layer.parent].append(layer)
+    return children
 
 
 def _who(found: Index, layer: LayerRecord) -> list[str]:
@@ -303,10 +340,14 @@ def _who(found: Index, layer: LayerRecord) -> list[str]:
         marker = parse_marker(text)
         if marker and marker.kind == "v":
             volume = found.volumes.get(marker.id)
-            names.append(f"volume {volume.name} ({human(volume.size_bytes)})" if volume else f"volume {marker.id}")
+            if volume and volume.uid == marker.uid:
+                names.append(f"volume {volume.name} ({human(volume.size_bytes)})")
+            else:
+                names.append(_gone(found, "volume", marker))
         elif marker and marker.kind == "s":
             snapshot = found.snapshots.get(marker.id)
-            names.append(f"snapshot {snapshot.name if snapshot else marker.id}")
+            is_it = snapshot and snapshot.uid == marker.uid
+            names.append(f"snapshot {snapshot.name}" if snapshot and is_it else _gone(found, "snapshot", marker))
         elif marker and marker.kind == "i":
             image = found.images.get(marker.id)
             names.append(f"image {image.name if image else marker.id}")
@@ -315,22 +356,28 @@ def _who(found: Index, layer: LayerRecord) -> list[str]:
     return names
 
 
+def _gone(found: Index, kind: str, marker: Marker) -> str:
+    """Name what has a marker and no record: it is in the trash, or a marker was left behind."""
+    entry = found.trash.get(marker.owners[-1])
+    return f"{kind} {entry.name} (in the trash)" if entry else f"{kind} {marker.id} (no such record)"
+
+
 _DEEPEST = 200
 
 
-def _draw(store: Store, found: Index, layer: LayerRecord, branch: Tree, depth: int) -> None:
+def _draw(store: Store, found: Index, children: _Children, layer: LayerRecord, branch: Tree, depth: int) -> None:
     length = store.image_bytes(layer)
     used = human(length[1]) if length else "file missing"
     who = ", ".join(_who(found, layer))
     label = f"{layer.id} {layer.state} {layer.format} {human(layer.size_bytes)} ({used} used)"
     below = branch.add(Text(f"{label}{'  <- ' + who if who else ''}"))
     if depth < _DEEPEST:
-        for child in _children(found, layer):
-            _draw(store, found, child, below, depth + 1)
+        for child in children.get(layer.id, ()):
+            _draw(store, found, children, child, below, depth + 1)
 
 
-def _as_nodes(store: Store, found: Index, layer: LayerRecord, depth: int) -> dict[str, Any]:
-    children = _children(found, layer) if depth < _DEEPEST else []
+def _as_nodes(store: Store, children: _Children, layer: LayerRecord, depth: int) -> dict[str, Any]:
+    below = children.get(layer.id, ()) if depth < _DEEPEST else ()
     return _layer_details(store, layer) | {
-        "children": [_as_nodes(store, found, child, depth + 1) for child in children]
+        "children": [_as_nodes(store, children, child, depth + 1) for child in below]
     }

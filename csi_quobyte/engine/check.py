@@ -127,12 +127,18 @@ def check(store: Store, check_image: CheckImage) -> Result:
     return result
 
 
+def _unreadable(store: Store, record_id: str, message: str) -> Finding:
+    """Make the finding of what the store says of a damaged file: its path, a space, and what is wrong with it."""
+    name, _, detail = message.removeprefix(store.root).partition(" ")  # no name below the root has a space
+    return Finding("unreadable-record", record_id, f"{store.root}{name}", detail)
+
+
 def _records(store: Store, found: Index) -> Iterator[Finding]:
     """Records that cannot be read, operations that did not end, chains that do not hold together."""
     for record_id, detail in found.unreadable.items():
-        yield Finding("unreadable-record", record_id, detail.partition(" ")[0], detail)
-    for path, detail in store.unreadable_aside():
-        yield Finding("unreadable-record", "", path, detail)
+        yield _unreadable(store, record_id, detail)
+    for detail in store.unreadable_aside():
+        yield _unreadable(store, "", detail)
     unfinished = [(v.id, str(v.state)) for v in found.volumes.values() if v.state is not VolumeState.READY]
     unfinished += [(i.id, str(i.state)) for i in found.images.values() if i.state is not ImageState.READY]
     unfinished += [(s.id, str(s.state)) for s in found.snapshots.values() if s.state is not SnapshotState.READY]
@@ -151,7 +157,7 @@ def _records(store: Store, found: Index) -> Iterator[Finding]:
         try:
             store.content(volume)
         except Corrupt as error:
-            yield Finding("unreadable-record", record_id, str(error).partition(" ")[0], str(error))
+            yield _unreadable(store, record_id, str(error))
         if has_chain and volume.head in found.layers:
             try:
                 chain_of(volume.head, found.layers.get)

@@ -115,7 +115,7 @@ def detached_volume(store: Store, volume_id: str, *, to_be: str) -> VolumeRecord
     if volume.attachments:
         raise Refused(
             f"the volume is attached to node {volume.attachments[0].node} and can be {to_be} only while it is "
-            f"detached; delete the pods that use it, it is tried again by itself ({volume_id})"
+            f"detached; delete the pods that use it, then Kubernetes' next try does it ({volume_id})"
         )
     _check_closed(store, volume)
     return volume

@@ -21,16 +21,15 @@ import math
 import mmap
 import os
 import re
-import shlex
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from csi_quobyte.errors import Busy, InvalidArgument, OutOfRange, Refused, Unavailable
-from csi_quobyte.host import command, mounts
+from csi_quobyte.host import command, filesystem_options, mounts
+from csi_quobyte.host.filesystem_options import check_supported
 
-SUPPORTED = ("ext4", "xfs")
 MINIMUM_SIZE_BYTES: Mapping[str, int] = {
     # mkfs.ext4 leaves the journal out, without an error, below 2 MiB (1 KiB blocks) or 8 MiB (4 KiB blocks).
     "ext4": 8 << 20,
@@ -73,110 +72,6 @@ _XFS_GEOMETRY_V1 = struct.Struct("=8IQ72x")  # blocksize, rtextsize, agblocks, â
 _XFS_IOC_FSGROWFSDATA = 0x4010586E
 _XFS_GROWFS_DATA = struct.Struct("=QI4x")  # newblocks, imaxpct
 _XFS_LEAST_AG_BLOCKS = 64  # the kernel drops a last allocation group smaller than this
-
-# A table of allowed options: name â†’ pattern of what may follow it, "=" included.
-_Options = Mapping[str, str]
-
-_NUMBER = "=[0-9]+"
-_SIZE = "=[0-9]+[kKmMgG]?"
-_SWITCH = "=[01]"
-
-
-def _plain(names: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), "")
-
-
-def _either_way(features: str) -> dict[str, str]:
-    return {name: "" for feature in features.split() for name in (feature, f"^{feature}")}
-
-
-# has_journal cannot be switched off (a crashed volume must come back by replay), nothing may name another device or
-# file, and nothing may discard or force.
-_MKFS: Mapping[str, Mapping[str, str | _Options]] = {
-    "ext4": {
-        "-b": "1024|2048|4096",
-        "-C": "[0-9]+[kKmM]?",
-        "-E": {
-            "lazy_itable_init": f"({_SWITCH})?",
-            "lazy_journal_init": f"({_SWITCH})?",
-            "num_backup_sb": "=[012]",
-            "packed_meta_blocks": f"({_SWITCH})?",
-            "quotatype": "=(usr|grp|prj)quota(:(usr|grp|prj)quota)*",
-            "resize": "=[0-9]+[kKmMgGtT]?",
-            "root_owner": "=[0-9]+:[0-9]+",
-            "stride": _NUMBER,
-            "stripe-width": _NUMBER,
-            "stripe_width": _NUMBER,
-        },
-        "-G": "[0-9]+",
-        "-I": "128|256|512|1024",
-        "-i": "[0-9]+",
-        "-m": r"[0-9]{1,2}(\.[0-9]+)?",
-        "-N": "[0-9]+",
-        "-O": _either_way(
-            "64bit bigalloc dir_index dir_nlink ea_inode ext_attr extra_isize filetype flex_bg huge_file inline_data "
-            "large_dir large_file meta_bg metadata_csum metadata_csum_seed orphan_file project quota resize_inode "
-            "sparse_super sparse_super2 uninit_bg"
-        )
-        | _plain("extent has_journal"),
-        "-T": _plain("big huge largefile largefile4 news small"),
-    },
-    "xfs": {
-        "-b": {"size": "=(1024|2048|4096|1k|2k|4k)"},
-        "-d": {
-            "agcount": _NUMBER,
-            "agsize": _SIZE,
-            "noalign": "",
-            "su": _SIZE,
-            "sunit": _NUMBER,
-            "sw": _NUMBER,
-            "swidth": _NUMBER,
-        },
-        "-i": {"maxpct": _NUMBER, "nrext64": _SWITCH, "perblock": _NUMBER, "size": _NUMBER, "sparse": _SWITCH},
-        "-l": {"lazy-count": _SWITCH, "size": _SIZE, "su": _SIZE, "sunit": _NUMBER, "version": "=2"},
-        "-m": {
-            "bigtime": _SWITCH,
-            "crc": "=1",
-            "finobt": _SWITCH,
-            "inobtcount": _SWITCH,
-            "reflink": _SWITCH,
-            "rmapbt": _SWITCH,
-        },
-        "-n": {"ftype": _SWITCH, "size": _SIZE, "version": "=(2|ci)"},
-        "-s": {"size": "=(512|1024|2048|4096|4k)"},
-    },
-}
-
-_MOUNT_ANY = _plain(
-    "async dirsync sync atime noatime relatime norelatime strictatime nostrictatime diratime nodiratime lazytime "
-    "nolazytime dev nodev exec noexec suid nosuid discard nodiscard ro rw"
-)
-# Left out on purpose. errors=panic: one volume must not stop the machine. barrier=0, nobarrier: acknowledged
-# writes would be lost. noload, norecovery: mounts without replay. nouuid: the driver adds it. Quotas inside a
-# volume, acl, user_xattr: not every kernel takes these options any more.
-_MOUNT: Mapping[str, _Options] = {
-    "ext4": _MOUNT_ANY
-    | _plain(
-        "auto_da_alloc noauto_da_alloc delalloc nodelalloc dioread_lock dioread_nolock journal_checksum noinit_itable "
-        "noquota"
-    )
-    | {
-        "commit": "=[0-9]{1,3}",
-        "data": "=(ordered|journal|writeback)",
-        "errors": "=(remount-ro|continue)",
-        "init_itable": "(=[0-9]{1,4})?",
-        "max_batch_time": _NUMBER,
-        "min_batch_time": _NUMBER,
-        "stripe": _NUMBER,
-    },
-    "xfs": _MOUNT_ANY
-    | _plain("inode32 inode64 largeio nolargeio swalloc wsync noalign noquota")
-    | {
-        "allocsize": _SIZE,
-        "logbsize": "=(0|16k|32k|64k|128k|256k|16384|32768|65536|131072|262144)",
-        "logbufs": "=[2-8]",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -300,8 +195,8 @@ def make(
 ) -> None:
     """Make a filesystem, overwriting what is there, without a discard and without writing what can stay unwritten.
 
-    `options` is what `check_mkfs_options` returned. When it fails or dies in the middle, the device is neither blank
-    nor a filesystem: only a caller that remembers that it began may call it again.
+    `options` is what `filesystem_options.check_mkfs_options` returned. When it fails or dies in the middle, the
+    device is neither blank nor a filesystem: only a caller that remembers that it began may call it again.
 
     Raises:
         InvalidArgument: unknown filesystem, or a label that is too long for it.
@@ -309,7 +204,7 @@ def make(
         Refused: mkfs refuses these options on this device; the message has its words.
         Unavailable: the device cannot be read or mkfs was killed; CommandTimedOut: mkfs did not end in time.
     """
-    _check_supported(fstype)
+    check_supported(fstype)
     size_bytes = device_size_bytes(device)
     if size_bytes < MINIMUM_SIZE_BYTES[fstype]:
         raise OutOfRange(f"{device}: {size_bytes} bytes; {fstype} needs at least {MINIMUM_SIZE_BYTES[fstype]}")
@@ -328,53 +223,6 @@ def make(
         # A device that broke meanwhile is no fault of the options; this raises Unavailable then.
         _check_readable(device)
         raise
-
-
-def check_mkfs_options(fstype: str, text: str) -> tuple[str, ...]:
-    """Split and check a StorageClass's `mkfsOptions`; return arguments for `make`, flag and value apart.
-
-    Raises:
-        InvalidArgument: unknown filesystem, unbalanced quotes, or anything that is not on the list of allowed flags,
-            which the message contains.
-    """
-    _check_supported(fstype)
-    allowed = _MKFS[fstype]
-    try:
-        words = iter(shlex.split(text))
-    except ValueError as error:
-        raise InvalidArgument(f"mkfsOptions {text!r}: {error}") from error
-    arguments: list[str] = []
-    for word in words:
-        flag = word[:2]
-        value = word[2:] or next(words, "") if flag in allowed else ""
-        if flag not in allowed or not _value_matches(allowed[flag], value):
-            refused = f"{flag} {value}".strip() if flag in allowed else word
-            known = _flags_text(allowed)
-            raise InvalidArgument(f"mkfsOptions: {refused!r} is not allowed for {fstype}; allowed: {known}")
-        arguments += [flag, value]
-    return tuple(arguments)
-
-
-def check_mount_options(fstype: str, options: Sequence[str]) -> tuple[str, ...]:
-    """Check mount options, one each, against the list for this filesystem, and return them.
-
-    Raises:
-        InvalidArgument: unknown filesystem, an option that is not on the list, which the message contains, or ro with
-            rw.
-    """
-    _check_supported(fstype)
-    allowed = _MOUNT[fstype]
-    for option in options:
-        if not _matches(allowed, option):
-            raise InvalidArgument(f"mount option {option!r} is not allowed for {fstype}; allowed: {_text_of(allowed)}")
-    if "ro" in options and "rw" in options:
-        raise InvalidArgument("mount options 'ro' and 'rw' contradict each other")
-    return tuple(options)
-
-
-def default_mount_options(fstype: str) -> tuple[str, ...]:
-    """Return the options that every mount of this filesystem needs: a clone of an xfs has the UUID of its source."""
-    return ("nouuid",) if fstype == "xfs" else ()
 
 
 def repair(device: str, fstype: str, *, timeout_s: float, after_growth: bool = False) -> None:
@@ -412,7 +260,13 @@ def replay_journal(device: str, fstype: str, scratch_dir: str, *, timeout_s: flo
         repair(device, fstype, timeout_s=timeout_s)
         return
     mounts.unmount(scratch_dir, timeout_s=timeout_s, lazy_after=False)
-    mounts.mount(device, scratch_dir, fstype=fstype, options=default_mount_options(fstype), timeout_s=timeout_s)
+    mounts.mount(
+        device,
+        scratch_dir,
+        fstype=fstype,
+        options=filesystem_options.default_mount_options(fstype),
+        timeout_s=timeout_s,
+    )
     mounts.unmount(scratch_dir, timeout_s=timeout_s, lazy_after=False)
 
 
@@ -588,31 +442,6 @@ def _read_at(device: str, offset: int, length: int) -> bytes:
         raise Unavailable(f"{device}: cannot be read at byte {offset}: {error.strerror}") from error
     finally:
         os.close(fd)
-
-
-def _check_supported(fstype: str) -> None:
-    if fstype not in SUPPORTED:
-        raise InvalidArgument(f"filesystem {fstype!r} is not supported; supported: {', '.join(SUPPORTED)}")
-
-
-def _value_matches(allowed: str | _Options, value: str) -> bool:
-    if isinstance(allowed, str):
-        return re.fullmatch(allowed, value) is not None
-    return all(_matches(allowed, item) for item in value.split(","))
-
-
-def _matches(allowed: _Options, item: str) -> bool:
-    name, equals, value = item.partition("=")
-    return name in allowed and re.fullmatch(allowed[name], equals + value) is not None
-
-
-def _text_of(allowed: _Options) -> str:
-    return ", ".join(f"{name}{pattern}" for name, pattern in sorted(allowed.items()))
-
-
-def _flags_text(allowed: Mapping[str, str | _Options]) -> str:
-    values = {flag: value if isinstance(value, str) else _text_of(value) for flag, value in allowed.items()}
-    return "; ".join(f"{flag} {value}" for flag, value in values.items())
 
 
 def _mkfs_ext4(options: Sequence[str]) -> list[str]:

@@ -62,7 +62,8 @@ def export(store: Store, tools: QemuTools, request: ExportRequest, watch: jobs.W
 
     Raises:
         NotFound: no such volume, snapshot or directory.
-        Refused: the volume is attached; or the target lies in the pool, or is there and no plain file.
+        Refused: the volume is attached, or its file system half grown; or the target lies in the pool, or is there and
+            no plain file.
         AlreadyExists: the file is there and is not to be replaced.
         Exhausted: no space, in the pool (for the snapshot) or where the file is.
         Unavailable: the volume was detached by force a moment ago, or the pool or the target does not answer.
@@ -127,15 +128,48 @@ def _held_layer(store: Store, hold: Hold, request: ExportRequest, patience: _Pat
     if request.snapshot:
         snapshot = snapshots.find_ready(store, request.snapshot)
         if snapshot.source_volume != request.volume:
-            raise NotFound(f"snapshot {snapshot.id} is one of volume {snapshot.source_volume}, not {request.volume}")
+            raise NotFound(
+                f"snapshot {snapshot.id} is one of volume {snapshot.source_volume}, not {request.volume}: give that id "
+                "(a snapshot keeps it when its volume is deleted, or restored from the trash)"
+            )
+        _check_whole(snapshot)
         _hold(store, hold, snapshot)
     else:
+        _check_detached(store, request.volume)
         wanted = SnapshotRequest(name=hold.snapshot_name, source_volume=request.volume, kubernetes={})
         snapshot = patience.with_it(lambda: snapshots.create(store, wanted, lambda one: _drop(store, one)))
+        _check_whole(snapshot)
         _hold(store, hold, snapshot)
         patience.with_it(hold.drop_snapshot)
     layer = store.layer(snapshot.layer)
     return layer, max(snapshot.size_bytes, layer.size_bytes)
+
+
+def _check_detached(store: Store, volume_id: str) -> None:
+    """Check that a volume is not attached, for a clear answer; whoever freezes it looks again.
+
+    Raises:
+        Refused: it is.
+    """
+    volume = store.find_volume(volume_id)
+    if volume and volume.attachments:
+        raise Refused(
+            f"volume {volume_id} is attached to node {volume.attachments[0].node}: what it holds now can be exported "
+            "only while it is detached; a snapshot of it can be exported at any time (--snapshot)"
+        )
+
+
+def _check_whole(snapshot: SnapshotRecord) -> None:
+    """Check that nobody but this driver would have to repair what is exported: an image has no note beside it.
+
+    Raises:
+        Refused: the growth of its file system was interrupted, and only the next stage may make it whole.
+    """
+    if snapshot.content and snapshot.content.growing:
+        raise Refused(
+            f"the file system of volume {snapshot.source_volume} was being grown when its node died: start a pod with "
+            "the volume (or with one made from the snapshot) once, which repairs it, and export that"
+        )
 
 
 def _hold(store: Store, hold: Hold, snapshot: SnapshotRecord) -> None:

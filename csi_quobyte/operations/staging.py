@@ -39,7 +39,7 @@ from csi_quobyte.errors import (
     Refused,
     Unavailable,
 )
-from csi_quobyte.host import filesystem, loop, mounts
+from csi_quobyte.host import filesystem, filesystem_options, loop, mounts
 from csi_quobyte.host.filesystem import Usage
 from csi_quobyte.host.loop import LoopDevice
 from csi_quobyte.host.qemu import ImageLayer, QemuTools, gate
@@ -831,7 +831,7 @@ def _ensure_mounted(
     _ensure_filesystem(store, volume, attachment, device, check_attached)
     check_attached()
     _repair_and_grow(store, volume, attachment, device, check_attached)
-    options = [*request.mount_options, *filesystem.default_mount_options(volume.filesystem)]
+    options = [*request.mount_options, *filesystem_options.default_mount_options(volume.filesystem)]
     if attachment.readonly:
         # the journal of a snapshot may be dirty: replayed first, because a read-only device cannot be
         filesystem.replay_journal(device.path, volume.filesystem, request.staging_path, timeout_s=FSCK_TIMEOUT_S)

@@ -185,11 +185,11 @@ def _create_from(
 ) -> VolumeRecord:
     """Make a volume that lies on another object's layer: an intent first, or the one that an earlier call has left."""
     if volume is None:
-        base = _find_base(store, request.source, request.clone_mode)
+        base = _find_base(store, request)
         planned = _plan(store, volume_id, request, base, provisioned)
         if base.uncached and request.source:
             copies.cache(store, request.source.id)
-            base = _find_base(store, request.source, request.clone_mode)
+            base = _find_base(store, request)
             if base.uncached:
                 raise Busy(f"the cache of snapshot {request.source.id} was given up by another operation")
             planned = _plan(store, volume_id, request, base, provisioned)
@@ -299,13 +299,14 @@ def _is_another(snapshot: SnapshotRecord, intent: VolumeRecord) -> bool:
     return snapshot.size_bytes > intent.size_bytes or snapshot.content != intent.inherited_content
 
 
-def _find_base(store: Store, source: Source | None, clone_mode: CloneMode) -> _Base:
+def _find_base(store: Store, request: CreateRequest) -> _Base:
     """Judge the source and say what the new volume lies on.
 
     Raises:
         NotFound: the source does not exist, or is not ready.
         Refused: the source volume is attached.
     """
+    source, clone_mode = request.source, request.clone_mode
     if source is None:
         return _Base(None, None, 0, None)
     if source.kind == "snapshot":
@@ -326,7 +327,7 @@ def _find_base(store: Store, source: Source | None, clone_mode: CloneMode) -> _B
     if source.kind == "image":
         image = store.find_image(source.id)
         if image is None or image.state is not ImageState.READY:
-            raise NotFound(f"there is no image of the name given as sourceImage in this pool ({source.id})")
+            raise NotFound(f"pool {store.root} has no golden image {request.source_image!r} (sourceImage)")
         return _Base(image.layer, None, image.size_bytes, image.content)
     volume = layers.detached_volume(store, source.id, to_be="cloned")
     content = store.content(volume)

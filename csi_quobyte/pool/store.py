@@ -487,8 +487,8 @@ class Store:
         found = (self._find(NodeRecord, f"{directory}/{name}") for name in _names(directory) if is_record(name))
         return sorted(node.id for node in found if node)
 
-    def unreadable_aside(self) -> Iterator[tuple[str, str]]:
-        """Give the path of each damaged record of a node, and of the lease, with what is wrong with it."""
+    def unreadable_aside(self) -> Iterator[str]:
+        """Say of each damaged record of a node, and of the lease, what is wrong: its path, and the rest."""
         directory = f"{self.root}/nodes"
         paths: list[tuple[str, type]] = [(f"{directory}/{name}", NodeRecord) for name in _names(directory)]
         for path, kind in [*paths, (self._lease_path, LeaseRecord)]:
@@ -496,7 +496,7 @@ class Store:
                 try:
                     self._find(kind, path)
                 except Corrupt as error:
-                    yield path, str(error)
+                    yield str(error)
 
     def _ids(self, folder: str, after: str) -> Iterator[str]:
         """Walk the shards in order. The ids of one folder differ only after a common prefix, so this sorts them all."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from csi_quobyte.errors import InvalidArgument, OutOfRange
-from csi_quobyte.host.filesystem import MINIMUM_SIZE_BYTES, SUPPORTED, check_mount_options
+from csi_quobyte.host.filesystem import MINIMUM_SIZE_BYTES
+from csi_quobyte.host.filesystem_options import SUPPORTED, check_mount_options
 from csi_quobyte.operations.snapshots import SnapshotRequest
 from csi_quobyte.operations.volumes import DEFAULT_FILESYSTEM, AttachRequest, CreateRequest
 from csi_quobyte.pb import csi_pb2 as csi

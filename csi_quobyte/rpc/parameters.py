@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from csi_quobyte.errors import InvalidArgument
-from csi_quobyte.host.filesystem import check_mkfs_options
+from csi_quobyte.host.filesystem_options import check_mkfs_options
 from csi_quobyte.pool.records import (
     DEFAULT_TRASH_RETENTION_S,
     CloneMode,

@@ -279,8 +279,8 @@ def introduce(console: Console) -> None:
 def what_next(console: Console) -> None:
     """Say where to go from here."""
     console.print(Text("\nWhat to do next", "bold"))
-    console.print("  make test            everything that proves the driver, under 12 minutes", soft_wrap=True)
-    console.print('  README.md            "Run it by hand": the same on a mounted Quobyte volume', soft_wrap=True)
+    console.print("  make test            everything that proves the driver, 10 to 20 minutes", soft_wrap=True)
+    console.print('  README.md            "Run it by hand": the same with your own commands', soft_wrap=True)
     console.print(f"  {Path(sys.executable).parent}/csi-quobyte --help    the commands", soft_wrap=True)
 
 

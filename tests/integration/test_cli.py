@@ -357,6 +357,7 @@ def test_check_that_finds_something_ends_with_1(machine: Machine) -> None:
         done = csi_quobyte("check", *machine.pool_arguments, "--qemu-dir", QEMU_DIR)
         assert done.returncode == 1
         assert "error: unreadable-record" in done.stdout
+        assert done.stdout.count(f"{volume}.json") == 1
         damaged = [row for row in printed(machine, "ls")["objects"] if row["kind"] == "damaged"]
         assert [row["id"] for row in damaged] == [volume]
     finally:
@@ -371,7 +372,10 @@ def test_check_repairs_next_to_the_running_controller(machine: Machine) -> None:
     stray = machine.directories["main"] / "layers" / "ab" / f"ab{'0' * 22}.raw"
     stray.touch()
     arguments = ("check", *machine.pool_arguments, "--qemu-dir", QEMU_DIR, "--repair")
-    assert csi_quobyte(*arguments).returncode == 1
+    planned = csi_quobyte(*arguments)
+    assert planned.returncode == 1
+    assert planned.stdout.count("orphan-file") == 1, "each finding is said once, with what would be done"
+    assert "--repair --yes" in planned.stdout
     assert stray.exists()
     assert not marker.exists()
     done = csi_quobyte(*arguments, "--yes", "--json")
@@ -517,7 +521,10 @@ def test_ls_prints_the_good_pool_and_names_the_bad_one(machine: Machine) -> None
 
 
 @pytest.mark.parametrize("command", ["show", "tree"])
-def test_a_name_in_the_place_of_an_id_is_answered_with_how_to_find_the_id(machine: Machine, command: str) -> None:
-    done = csi_quobyte(command, "origin", *machine.pool_arguments)
+def test_a_name_is_as_good_as_an_id(machine: Machine, command: str) -> None:
+    volume = next(row["id"] for row in printed(machine, "ls")["objects"] if row["name"] == "origin")
+    by_name, by_id = (csi_quobyte(command, one, *machine.pool_arguments) for one in ("origin", volume))
+    assert (by_name.returncode, by_name.stdout) == (0, by_id.stdout)
+    done = csi_quobyte(command, "nobody", *machine.pool_arguments)
     assert done.returncode == 1
     assert "csi-quobyte ls" in done.stderr

@@ -28,6 +28,7 @@ from csi_quobyte.host import qemu_img as product
 from csi_quobyte.host.qemu import ImageFormat, ImageLayer
 from csi_quobyte.operations import exporting
 from csi_quobyte.operations.exporting import ExportRequest
+from csi_quobyte.pool.records import Content
 from csi_quobyte.pool.sizes import MIB, SizeRange
 from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store
@@ -184,6 +185,20 @@ def test_attached_volume_is_refused_and_its_snapshot_is_not(written: Kit, out: P
     export(written, out / "file", snapshot="s")
     assert holds(out / "file", "qcow2", 1, 2, 0)
     assert tree(written.store.root) == before
+
+
+def test_what_only_a_stage_may_repair_is_refused(written: Kit, out: Path) -> None:
+    """An image has no note beside it: whoever gets it could not know that e2fsck may decide all by itself."""
+    growing = Content(state="formatted", filesystem="ext4", generation=1, growing=True)
+    written.store.put_content(written.store.volume(written.volume_id("v")), growing)
+    written.snapshot("later", of="v")
+    before = tree(written.store.root)
+    for snapshot in ("", "later"):
+        with pytest.raises(Refused, match="being grown"):
+            export(written, out / "file", snapshot=snapshot)
+        assert tree(written.store.root) == before
+    assert not list(out.iterdir())
+    export(written, out / "file", snapshot="s")
 
 
 def test_what_is_not_there_is_named(written: Kit, out: Path) -> None:

@@ -112,7 +112,7 @@ def test_volumes_lie_on_the_image_and_outlive_it(kit: Kit, tmp_path: Path) -> No
     kit.sweep_until_quiet()
     assert kit.holds("v", 0, 5)
     assert kit.check() == []
-    with pytest.raises(NotFound, match="sourceImage"):
+    with pytest.raises(NotFound, match=r"golden image 'debian'.*sourceImage"):
         kit.create("w", source_image="debian", size=SizeRange())
     again = import_file(kit, tmp_path / "file")
     assert (again.id, again.uid == made.uid) == (made.id, False)

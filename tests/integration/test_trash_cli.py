@@ -10,9 +10,9 @@ from controller_kit import Kit
 from csi_quobyte.pool import records
 
 
-def run(kit: Kit, *arguments: str) -> tuple[int, str, str]:
+def run(kit: Kit, *arguments: str, command: tuple[str, ...] = ("trash",)) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "csi_quobyte", "trash", *arguments, "--pool", f"main={kit.store.root}"],
+        [sys.executable, "-m", "csi_quobyte", *command, *arguments, "--pool", f"main={kit.store.root}"],
         env={**os.environ, "CSI_QUOBYTE_REQUIRE_MOUNT": "any"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -50,3 +50,18 @@ def test_list_restore_and_purge(kit: Kit) -> None:
     assert run(kit, "purge", entries[1], "--all")[0] == 2
     assert json.loads(run(kit, "ls", "--json")[1])["entries"] == []
     assert kit.findings() == set(), "what was purged has freed its layer"
+
+
+def test_the_tree_says_what_is_in_the_trash(kit: Kit) -> None:
+    kit.create("v", on_delete="trash")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v", on_delete="trash")
+    kit.delete("v")
+    kit.create("v")
+    kit.delete_snapshot("s")
+    status, out, _ = run(kit, command=("tree",))
+    assert status == 0
+    assert out.count("volume v (in the trash)") == 1
+    assert out.count("snapshot s (in the trash)") == 1
+    assert out.count("volume v (") == 2, "the other one is alive"
+    assert kit.volume_id("v") not in out

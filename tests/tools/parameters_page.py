@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))  # the script is started by its path, from a tree 
 
 from csi_quobyte.config import DEFAULT_DRIVER_NAME, PoolSpec  # noqa: E402
 from csi_quobyte.errors import DriverError, InvalidArgument  # noqa: E402
-from csi_quobyte.host import filesystem  # noqa: E402
+from csi_quobyte.host import filesystem, filesystem_options  # noqa: E402
+from csi_quobyte.host.filesystem_options import words_of  # noqa: E402
 from csi_quobyte.operations.volumes import DEFAULT_FILESYSTEM  # noqa: E402
 from csi_quobyte.pb import csi_pb2 as csi  # noqa: E402
 from csi_quobyte.pool.pools import Pools  # noqa: E402
@@ -97,21 +98,6 @@ _TOO_SMALL_OR_LARGE: Sequence[Claim] = (
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
-# How the patterns of the allow-lists are written on the page; alternatives of plain words need no entry.
-_PATTERN_WORDS = {
-    "[0-9]+": "N",
-    "[0-9]+[kKmM]?": "N[k|m]",
-    "[0-9]+[kKmMgG]?": "N[k|m|g]",
-    "[0-9]+[kKmMgGtT]?": "N[k|m|g|t]",
-    "[0-9]+:[0-9]+": "N:N",
-    "[0-9]{1,3}": "0…999",
-    "[0-9]{1,4}": "0…9999",
-    r"[0-9]{1,2}(\.[0-9]+)?": "0…99[.N]",
-    "[01]": "0|1",
-    "[012]": "0|1|2",
-    "[2-8]": "2…8",
-    "(usr|grp|prj)quota(:(usr|grp|prj)quota)*": "usrquota|grpquota|prjquota[:…]",
-}
 # YAML 1.1, which Kubernetes reads, takes these for booleans and null.
 _YAML_NO_STRINGS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 
@@ -309,11 +295,13 @@ Examples of unknown keys and values:
 
 
 def _filesystems() -> str:
-    sections = "\n\n".join(_filesystem(name) for name in filesystem.SUPPORTED)
+    sections = "\n\n".join(_filesystem(name) for name in filesystem_options.SUPPORTED)
     return f"""\
 ## File systems
-`{FSTYPE}` chooses: {_list(filesystem.SUPPORTED)}. Without it a volume with a source has the source's file system, and \
-a blank one has {DEFAULT_FILESYSTEM}. A volume with a source cannot have another file system than the source holds.
+`{FSTYPE}` chooses: {_list(filesystem_options.SUPPORTED)}. Without it a volume with a source has the source's file \
+system, and a blank one has {DEFAULT_FILESYSTEM}. A volume with a source cannot have another file system than the \
+source holds. What a golden image holds is not known before a pod uses it: its class has to name the image's file \
+system, else the pod does not start and its events say what was found.
 
 `mkfsOptions` are used once, when a node stages the volume for the first time and nothing is on it. They are split \
 into words as a shell does. What is not in the list is refused. The list leaves out what would discard, force, name \
@@ -332,16 +320,16 @@ Units may be capital letters.
 
 def _filesystem(name: str) -> str:
     # Private tables: the error messages, the only other place where the lists are, have the bare patterns.
-    flags = "\n".join(f"- {_flag(flag, allowed)}" for flag, allowed in filesystem._MKFS[name].items())
-    mount = filesystem._MOUNT[name]
-    added = filesystem.default_mount_options(name)
+    flags = "\n".join(f"- {_flag(flag, allowed)}" for flag, allowed in filesystem_options.MKFS[name].items())
+    mount = filesystem_options.MOUNT[name]
+    added = filesystem_options.default_mount_options(name)
     note = f" The driver itself adds {_list(added)}." if added else ""
     return f"""\
 ### {name}
 `mkfsOptions`:
 {flags}
 
-`mountOptions`: {_list(sorted(f"{option}{_words(pattern)}" for option, pattern in mount.items()))}.{note}"""
+`mountOptions`: {_list(sorted(f"{option}{words_of(pattern)}" for option, pattern in mount.items()))}.{note}"""
 
 
 def _access() -> str:
@@ -363,7 +351,7 @@ what it was made as. For `Block`, `{FSTYPE}` and `mountOptions` mean nothing."""
 
 
 def _sizes() -> str:
-    least = [[name, _size(filesystem.MINIMUM_SIZE_BYTES[name])] for name in filesystem.SUPPORTED]
+    least = [[name, _size(filesystem.MINIMUM_SIZE_BYTES[name])] for name in filesystem_options.SUPPORTED]
     least.append(["none (`volumeMode: Block`)", _size(size_of({"volumeMode": "Block", "storage": "1"}))])
     refused = [[_written(claim), _answer(refusal(claim))] for claim in _TOO_SMALL_OR_LARGE]
     rounded = size_of({"storage": "1G"})
@@ -459,29 +447,13 @@ def _yaml(value: str) -> str:
 def _flag(flag: str, allowed: str | Mapping[str, str]) -> str:
     """Write a flag of mkfs with what may follow it: one value, or several with commas between them."""
     if isinstance(allowed, str):
-        return f"`{flag} {_words(allowed)}`"
+        return f"`{flag} {words_of(allowed)}`"
     if len(allowed) == 1:
-        return "".join(f"`{flag} {name}{_words(pattern)}`" for name, pattern in allowed.items())
+        return "".join(f"`{flag} {name}{words_of(pattern)}`" for name, pattern in allowed.items())
     switches = sorted(name for name in allowed if f"^{name}" in allowed)
-    others = sorted(f"{name}{_words(allowed[name])}" for name in allowed if name.lstrip("^") not in switches)
+    others = sorted(f"{name}{words_of(allowed[name])}" for name in allowed if name.lstrip("^") not in switches)
     text = f"`{flag}` with one or more, commas between them: {_list(others)}"
     return f"{text}; and these, which `^` before the name switches off: {_list(switches)}" if switches else text
-
-
-def _words(pattern: str) -> str:
-    """Write a pattern of an allow-list for people.
-
-    Raises:
-        ValueError: it has no words yet.
-    """
-    if found := re.fullmatch(r"\((=.*)\)\?", pattern):
-        return f"[{_words(found[1])}]"
-    equals, bare = ("=", pattern[1:]) if pattern.startswith("=") else ("", pattern)
-    if bare in _PATTERN_WORDS:
-        return equals + _PATTERN_WORDS[bare]
-    if found := re.fullmatch(r"(\()?([\w-]*(?:\|[\w-]+)*)(?(1)\))", bare):
-        return equals + str(found[2])
-    raise ValueError(f"tests/tools/parameters_page.py has no words for the pattern {pattern!r}; add them")
 
 
 # --- the command -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from csi_quobyte.host import filesystem
+from csi_quobyte.host import filesystem_options
 from csi_quobyte.operations.volumes import DEFAULT_FILESYSTEM
 from csi_quobyte.rpc import convert, parameters
 from csi_quobyte.rpc.parameters import FSTYPE, Parameter
@@ -65,24 +65,24 @@ def test_every_parameter_is_there_with_values_default_and_meaning(page: str) -> 
 
 def test_table_of_parameters_has_the_file_systems_that_there_are() -> None:
     (fstype,) = (parameter for parameter in parameters.VOLUME_PARAMETERS if parameter.name == FSTYPE)
-    assert (fstype.values, fstype.default) == (filesystem.SUPPORTED, DEFAULT_FILESYSTEM)
+    assert (fstype.values, fstype.default) == (filesystem_options.SUPPORTED, DEFAULT_FILESYSTEM)
 
 
 def test_every_option_of_mount_without_a_value_is_accepted_as_the_page_writes_it(page: str) -> None:
-    for name in filesystem.SUPPORTED:
+    for name in filesystem_options.SUPPORTED:
         section = page.split(f"### {name}\n")[1].split("`mountOptions`: ")[1].split("\n")[0].partition(". ")[0]
         options = [option.strip("`.") for option in section.split(", ")]
         plain = [option for option in options if "=" not in option]
         assert "noatime" in plain
         for option in plain:
-            filesystem.check_mount_options(name, [option])
+            filesystem_options.check_mount_options(name, [option])
 
 
 def test_example_is_accepted_and_stands_on_the_page(tool: ModuleType, page: str) -> None:
     read = parameters.volume_parameters(tool.EXAMPLE_PARAMETERS)
     assert (read.pool, read.preallocation, read.filesystem) == ("main", "off", "ext4")
     parameters.mkfs_options(read.filesystem, read.mkfs_options)
-    filesystem.check_mount_options(read.filesystem, tool.EXAMPLE_MOUNT_OPTIONS)
+    filesystem_options.check_mount_options(read.filesystem, tool.EXAMPLE_MOUNT_OPTIONS)
     example = page.split("```yaml\n")[1].split("```")[0]
     lines = [line.strip() for line in example.split("parameters:\n")[1].split("mountOptions:")[0].splitlines()]
     written = {name: value.strip('"') for name, value in (line.split(": ", 1) for line in lines)}
@@ -156,7 +156,7 @@ def test_page_is_not_made_when_what_it_calls_refused_is_accepted(
 
 
 def test_pattern_without_words_is_named(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**filesystem._MOUNT["xfs"], "colour": "=[a-f]{6}"}
-    monkeypatch.setattr(filesystem, "_MOUNT", {**filesystem._MOUNT, "xfs": options})
+    options = {**filesystem_options.MOUNT["xfs"], "colour": "=[a-f]{6}"}
+    monkeypatch.setattr(filesystem_options, "MOUNT", {**filesystem_options.MOUNT, "xfs": options})
     with pytest.raises(ValueError, match="a-f"):
         tool.page()
