@@ -36,6 +36,10 @@ FENCE_LAST_LOOK = Gauge(
     "csi_quobyte_fence_last_look_timestamp_seconds",
     "When the node last looked at every staged volume whether it was taken away (Unix time)",
 )
+UNFLUSHED_CLOSES = Counter(
+    "csi_quobyte_unflushed_closes",
+    "Volumes closed on this node whose last writes could not be flushed, or were dropped because they were taken away",
+)
 STAGED_VOLUMES = Gauge("csi_quobyte_staged_volumes", "Volumes staged on this node", ["data_path"])
 
 

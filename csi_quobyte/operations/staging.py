@@ -441,25 +441,31 @@ class Node:
 
     def _release(self, key: str) -> None:
         """Free the device, then end the daemon, in this order: an open device would keep the export busy."""
+        note = self._notes.find(key)
+        name = note.volume_id if note else f"with key {key}"
         released = loop.release(loop.tag_of(TAG_PREFIX, key), timeout_s=RELEASE_TIMEOUT_S)
         if released.flush_error:
-            log.error("data of key %s could not be written back and is lost: %s", key, released.flush_error)
-        self._stop_daemon(key)
+            log.error("volume %s: data could not be written back and is lost: %s", name, released.flush_error)
+        is_clean = self._stop_daemon(key, name)
+        if released.flush_error or not is_clean:
+            telemetry.UNFLUSHED_CLOSES.inc()
         self._daemons.forget(key)
         self._notes.remove(key)
 
-    def _stop_daemon(self, key: str) -> None:
+    def _stop_daemon(self, key: str, name: str) -> bool:
+        """End the daemon of a volume; False when it did not end cleanly, now."""
         daemon = self._daemons.find(key)
         if daemon is None:
-            return
+            return True
         match daemon.stop(timeout_s=STOP_TIMEOUT_S):
             case StopResult.CLEAN:
-                return
+                return True
             case StopResult.UNCLEAN:
                 # nothing runs any more, so the volume may go elsewhere; unflushed writes are gone, as in a power cut
-                log.error("the daemon of key %s did not end cleanly: writes that were not flushed are lost", key)
+                log.error("volume %s: its daemon did not end cleanly: writes that were not flushed are lost", name)
+                return False
             case StopResult.STILL_RUNNING:
-                raise Unavailable(f"the storage daemon of key {key} does not end; is its pool hanging?")
+                raise Unavailable(f"the storage daemon of volume {name} does not end; is its pool hanging?")
 
     # --- publish -----------------------------------------------------------------------------------------------
 

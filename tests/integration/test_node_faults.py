@@ -362,6 +362,27 @@ def test_a_look_is_in_the_metrics(hosts: Hosts) -> None:
     assert node_module.telemetry.FENCE_LAST_LOOK._value.get() >= before
 
 
+@pytest.mark.parametrize("path", ["qcow2", "loop"])
+def test_an_unstage_that_loses_writes_is_counted_and_names_the_volume(
+    hosts: Hosts, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As umount(8) does on a disk that fails: it ends, and what was not flushed is gone."""
+    a, counter = hosts.a, node_module.telemetry.UNFLUSHED_CLOSES
+    volume = a.kit.create("v", **BLOCK, **(LOOP if path == "loop" else {}))
+    a.stage(volume, a.attach(volume))
+    a.unstage(volume)
+    before = counter._value.get()
+    a.stage(volume, a.kit.store.volume(volume.id).attachments[0].generation)
+    with open(a.device(volume), "r+b", buffering=0) as device:  # noqa: PTH123 - a device node
+        device.write(STALE * 4096)  # cached in the kernel
+    hosts.machine.standins["main"].kill()
+    a.unstage(volume)
+    assert counter._value.get() == before + 1
+    lost = [one.getMessage() for one in caplog.records if one.levelname == "ERROR"]
+    assert any(volume.id in one and "lost" in one for one in lost), lost
+    assert hosts.machine.leftovers() == []
+
+
 # --- publishing what is dead, and forgetting what is lost ------------------------------------------------------
 
 
