@@ -6,9 +6,9 @@ import click
 
 from csi_quobyte.cli import options
 from csi_quobyte.errors import InvalidArgument
+from csi_quobyte.pool.layout import initialise
 from csi_quobyte.pool.mount import RequireMount, check_mount
 from csi_quobyte.pool.records import Modes, Owner
-from csi_quobyte.pool.store import initialise
 
 
 @click.group()

@@ -18,10 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from csi_quobyte.errors import DriverError, Exhausted, Unavailable
+from csi_quobyte.pool.layout import SHARDS
 from csi_quobyte.pool.pace import Pace
 from csi_quobyte.pool.records import Preallocation, shard_of
 from csi_quobyte.pool.sizes import GRANULARITY_BYTES, human
-from csi_quobyte.pool.store import SHARDS, Store
+from csi_quobyte.pool.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, NotFound, Refused, Unavailable
-from csi_quobyte.pool import records
+from csi_quobyte.pool import files, layout, records
 from csi_quobyte.pool.locks import Locks, is_written_by_qemu
 from csi_quobyte.pool.presence import Presence
 from csi_quobyte.pool.records import (
@@ -38,29 +38,18 @@ from csi_quobyte.pool.records import (
     LayerRecord,
     LayerState,
     LeaseRecord,
-    Modes,
     NodeRecord,
-    Owner,
-    PoolFormat,
-    PoolSettings,
     Progress,
     R,
     SnapshotRecord,
     VolumeRecord,
     trash_id,
 )
-from csi_quobyte.pool.steps import Observer, Ownership, Steps, translated, write_all, write_whole
+from csi_quobyte.pool.steps import Observer, Steps, translated, write_all, write_whole
 
 D = TypeVar("D")
 log = logging.getLogger(__name__)
 
-SHARDS = tuple(f"{number:02x}" for number in range(256))
-_SHARDED = ("volumes", "snapshots", "images", "layers")
-_FOLDERS = {"vol": "volumes", "snap": "snapshots", "img": "images"}
-_PLAIN = ("tmp", "reserve", "nodes", "jobs", "trash")
-_SHARD = re.compile(r"[0-9a-f]{2}")
-_TEMPORARY = re.compile(r"(init|[0-9a-f]{16})\.[0-9a-f]{12}")
-_INIT = "init"
 _RESERVE = re.compile(r"[0-9a-f]{32}")
 _NODE = re.compile(r"[0-9a-f]{32}\.json")
 _TRASH = re.compile(r"[0-9a-f]{8}-(vol|snap)-[0-9a-f]{32}-[0-9a-f]{8}\.(json(\.g[0-9]+)?|restore-[0-9a-f]{8})")
@@ -68,179 +57,10 @@ _LEASE_CLAIM = re.compile(rf"{records.LEASE_ID}\.json\.g[0-9]+")
 _JOB = re.compile(r"[0-9a-f]{24}\.json(\.g[0-9]+)?")
 _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
-_RECORD_BYTES = 1 << 20
-_READ_BYTES = 1 << 16  # at a time: a buffer of a MiB for each small record costs more than the reading
 _CLAIM_PATIENCE_S = 2.0
 _REREAD_PAUSE_S = 1.1
 _JOB_S = 600.0  # a job that is not renewed for so long, by the clock of who looks, is over
 _NOTE_FRESH_S = 60.0  # so long a note of progress, which is written every second, tells of something alive
-
-
-def _open_surely(path: str) -> int | None:
-    """Open a file for reading; None when it does not exist, and not when it is just being replaced.
-
-    A FUSE client opens by an inode that it has looked up before; if the name was given to another file in between, the
-    answer can be ENOENT. Looking up a name that nobody has used waits in the kernel for a rename in that directory
-    that is under way; the second attempt then finds the new file.
-    """
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        with suppress(FileNotFoundError):
-            os.stat(f"{os.path.dirname(path)}/{uuid.uuid4().hex}")
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-
-
-def _read(path: str) -> bytes | None:
-    """Give the contents of a small file, None when it does not exist.
-
-    Raises:
-        Corrupt: it is larger than any record.
-    """
-    with translated(path):
-        fd = _open_surely(path)
-        if fd is None:
-            return None
-        try:
-            data = part = os.read(fd, _READ_BYTES)
-            while len(part) == _READ_BYTES and len(data) < _RECORD_BYTES:
-                part = os.read(fd, _READ_BYTES)
-                data += part
-            if len(data) >= _RECORD_BYTES:
-                raise Corrupt(f"{path} is larger than any record")
-            return data
-        finally:
-            os.close(fd)
-
-
-def _names(directory: str) -> list[str]:
-    """Give the names in a directory, sorted; none when it does not exist."""
-    with translated(directory):
-        try:
-            return sorted(os.listdir(directory))
-        except FileNotFoundError:
-            return []
-
-
-def _identity_of(root: str) -> tuple[int, int, int] | None:
-    """Give what tells one mounted pool from another: device, inode and time of format.json; None without one.
-
-    The device number alone would not do: the kernel gives it to the next mount. An edited format.json counts as
-    another pool, so that its settings are read.
-    """
-    path = f"{root}/format.json"
-    with translated(path):
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def read_format(root: str) -> PoolFormat:
-    """Read and judge a pool's format.json.
-
-    Raises:
-        NotFound: there is none.
-        Corrupt: it is damaged.
-        Refused: another format, or a required feature that this version does not know.
-    """
-    path = f"{root}/format.json"
-    data = _read(path)
-    if data is None:
-        raise NotFound(f"{root} is not a pool: it has no format.json (csi-quobyte pool init makes one)")
-    found = records.decode(PoolFormat, data, where=path)
-    if found.format != records.FORMAT:
-        raise Refused(f"{path} has format {found.format}, this version knows {records.FORMAT}")
-    if unknown := sorted(set(found.required_features) - records.KNOWN_REQUIRED_FEATURES):
-        raise Refused(f"{path} requires features that this version does not know: {', '.join(unknown)}")
-    return found
-
-
-def initialise(root: str, *, owner: Owner, modes: Modes) -> PoolFormat:
-    """Make the directory `root` a pool; give the format of the one that is there when it is one already.
-
-    format.json is published last: a run that dies earlier leaves only empty directories, and a second run goes on.
-
-    Raises:
-        Refused: the directory holds something else, or is a pool of another owner or other modes.
-    """
-    with suppress(NotFound):
-        found = read_format(root)
-        if (found.owner, found.modes) != (owner, modes):
-            raise Refused(
-                f"{root} is a pool already, with owner {found.owner.uid}:{found.owner.gid}, file mode "
-                f"{found.modes.file} and directory mode {found.modes.directory}, which pool init does not change"
-            )
-        return found
-    if foreign := _foreign_before_init(root):
-        raise Refused(f"{root} is not empty and not a pool: it holds {', '.join(foreign[:5])}")
-    made = PoolFormat(
-        format=records.FORMAT,
-        uuid=str(uuid.uuid4()),
-        required_features=(),
-        optional_features=(),
-        owner=owner,
-        modes=modes,
-        settings=PoolSettings(),
-    )
-    steps = Steps(f"{root}/tmp", _INIT, _ownership(made))
-    for name in (*_PLAIN, *_SHARDED):
-        steps.make_directory(f"{root}/{name}")
-    for name in _SHARDED:
-        for shard in SHARDS:
-            steps.make_directory(f"{root}/{name}/{shard}", sync=False)
-        steps.sync(f"{root}/{name}")
-    _own_root(root, made)
-    steps.touch(f"{root}/lock")
-    temporary = steps.write_temporary(lambda fd: write_whole(fd, records.encode(made)))
-    try:
-        steps.link(temporary, f"{root}/format.json")
-    except FileExistsError as error:
-        raise Busy(f"{root} is being made a pool by somebody else") from error
-    finally:
-        steps.discard(temporary)
-    return made
-
-
-def _foreign_before_init(root: str) -> list[str]:
-    """Name what is in a directory without format.json that an interrupted `initialise` has not made."""
-    foreign = [name for name in _names(root) if name not in {*_SHARDED, *_PLAIN, "lock", "lost+found"}]
-    for folder in (*_SHARDED, *_PLAIN):
-        for name in _names_if_directory(f"{root}/{folder}", foreign, folder):
-            path = f"{folder}/{name}"
-            made = _SHARD.fullmatch(name) if folder in _SHARDED else folder == "tmp" and _TEMPORARY.fullmatch(name)
-            if not made:
-                foreign.append(path)
-            elif folder in _SHARDED:
-                foreign += [f"{path}/{below}" for below in _names_if_directory(f"{root}/{path}", foreign, path)]
-    with translated(f"{root}/lock"), suppress(FileNotFoundError):
-        if os.stat(f"{root}/lock").st_size:
-            foreign.append("lock")
-    return sorted(foreign)
-
-
-def _names_if_directory(path: str, foreign: list[str], name: str) -> list[str]:
-    """Give the names in a directory; a file in its place is added to `foreign`."""
-    if os.path.lexists(path) and not os.path.isdir(path):
-        foreign.append(name)
-        return []
-    return _names(path)
-
-
-def _own_root(root: str, made: PoolFormat) -> None:
-    """Give the pool's top directory its owner: the unprivileged controller must be able to enter it."""
-    with translated(root):
-        status = os.stat(root)
-        if (status.st_uid, status.st_gid) != (made.owner.uid, made.owner.gid):
-            os.chown(root, made.owner.uid, made.owner.gid)
-
-
-def _ownership(pool: PoolFormat) -> Ownership:
-    return Ownership(pool.owner.uid, pool.owner.gid, int(pool.modes.file, 8), int(pool.modes.directory, 8))
 
 
 @dataclass(frozen=True)
@@ -271,14 +91,14 @@ class Store:
         """Open the pool at `root` (an absolute path).
 
         Raises:
-            NotFound, Corrupt, Refused: see `read_format`.
+            NotFound, Corrupt, Refused: see `layout.read_format`.
         """
         self.root = root
-        self.format = read_format(root)
-        self._identity = _identity_of(root)
+        self.format = layout.read_format(root)
+        self._identity = layout.identity_of(root)
         self.locks = Locks(f"{root}/lock")
         self._presence = Presence(root)
-        self._steps = Steps(f"{root}/tmp", self.token, _ownership(self.format), observer)
+        self._steps = Steps(f"{root}/tmp", self.token, layout.ownership_of(self.format), observer)
         self._claims_seen: dict[str, tuple[int, float]] = {}
         self._claims_guard = threading.Lock()
         self._jobs_over: set[str] = set()
@@ -313,7 +133,7 @@ class Store:
         Raises:
             Unavailable: the mount does not answer.
         """
-        return self._identity is not None and _identity_of(self.root) == self._identity
+        return self._identity is not None and layout.identity_of(self.root) == self._identity
 
     def space(self) -> tuple[int, int]:
         """Give the total and the available bytes of the mounted volume."""
@@ -388,7 +208,7 @@ class Store:
     # --- reading records ---------------------------------------------------------------------------------------
 
     def _find(self, kind: type[D], path: str) -> D | None:
-        data = _read(path)
+        data = files.read(path)
         return None if data is None else records.decode(kind, data, where=path)
 
     def find_volume(self, volume_id: str) -> VolumeRecord | None:
@@ -402,7 +222,7 @@ class Store:
     def find_snapshot(self, snapshot_id: str, *, of: str = "") -> SnapshotRecord | None:
         """Give a snapshot's record, None when there is none, or with `of` when it surely is none of that volume's."""
         path = self._record_path("snapshots", snapshot_id)
-        data = _read(path)
+        data = files.read(path)
         if data is None or of.encode() not in data:
             return None
         return records.decode(SnapshotRecord, data, where=path)
@@ -484,13 +304,13 @@ class Store:
     def node_ids(self) -> list[str]:
         """Give the ids of all nodes that ever had this pool, sorted; damaged records raise Corrupt."""
         directory = f"{self.root}/nodes"
-        found = (self._find(NodeRecord, f"{directory}/{name}") for name in _names(directory) if is_record(name))
+        found = (self._find(NodeRecord, f"{directory}/{name}") for name in files.names(directory) if is_record(name))
         return sorted(node.id for node in found if node)
 
     def unreadable_aside(self) -> Iterator[str]:
         """Say of each damaged record of a node, and of the lease, what is wrong: its path, and the rest."""
         directory = f"{self.root}/nodes"
-        paths: list[tuple[str, type]] = [(f"{directory}/{name}", NodeRecord) for name in _names(directory)]
+        paths: list[tuple[str, type]] = [(f"{directory}/{name}", NodeRecord) for name in files.names(directory)]
         for path, kind in [*paths, (self._lease_path, LeaseRecord)]:
             if is_record(path):
                 try:
@@ -500,10 +320,10 @@ class Store:
 
     def _ids(self, folder: str, after: str) -> Iterator[str]:
         """Walk the shards in order. The ids of one folder differ only after a common prefix, so this sorts them all."""
-        first = records.shard_of(after) if after else SHARDS[0]
-        for shard in SHARDS:
+        first = records.shard_of(after) if after else layout.SHARDS[0]
+        for shard in layout.SHARDS:
             if shard >= first:
-                for name in _names(f"{self.root}/{folder}/{shard}"):
+                for name in files.names(f"{self.root}/{folder}/{shard}"):
                     if is_record(name) and (record_id := name.removesuffix(".json")) > after:
                         yield record_id
 
@@ -519,7 +339,7 @@ class Store:
     def volume_sizes(self, shard: str) -> Iterator[int]:
         """Give the sizes of the volumes of a shard; a damaged record (check reports it) counts as none."""
         directory = f"{self.root}/volumes/{shard}"
-        for name in _names(directory):
+        for name in files.names(directory):
             if is_record(name):
                 with suppress(Corrupt):
                     found = self._find(records.Sized, f"{directory}/{name}")
@@ -609,7 +429,7 @@ class Store:
         he could, and a power cut would take it back. An id that cannot be one of ours never had a record.
         """
         if parsed := records.parse_id(record_id):
-            directories = [os.path.dirname(self._record_path(_FOLDERS[parsed.kind], record_id))]
+            directories = [os.path.dirname(self._record_path(layout.FOLDERS[parsed.kind], record_id))]
             if os.path.lexists(f"{self.root}/trash"):
                 directories.append(f"{self.root}/trash")
             for directory in directories:
@@ -683,7 +503,7 @@ class Store:
         try:
             claim = self._claim(path, path, record)
         except Busy:
-            if _read(path) is None:
+            if files.read(path) is None:
                 # done before is success once it is durable: whoever did it may have died before that
                 self._steps.sync(os.path.dirname(path))
                 return
@@ -700,7 +520,7 @@ class Store:
                 raise Busy(f"{record.id} was changed by another operation") from error
         # A process that was stopped for so long that its claim counts as a dead one's must not remove what others have
         # put there since. (What it cannot know is how long the removal itself is under way to the pool.)
-        if not self._steps.unlink(path, only_if=lambda: _read(claim) == _read(path)):
+        if not self._steps.unlink(path, only_if=lambda: files.read(claim) == files.read(path)):
             raise Busy(f"{record.id} was changed by another operation")
         self._steps.discard(claim)
 
@@ -775,7 +595,7 @@ class Store:
 
     def trash_ids(self) -> Iterator[str]:
         """Give the ids of everything in the trash, in ascending order."""
-        names = _names(f"{self.root}/trash")
+        names = files.names(f"{self.root}/trash")
         yield from (name.removesuffix(".json") for name in names if is_record(name) and _TRASH.fullmatch(name))
 
     def find_trashed(self, entry_id: str) -> Deletable | None:
@@ -854,7 +674,7 @@ class Store:
 
     def trash_strays(self) -> list[str]:
         """Give the names of the files in the trash that are not its entries' own."""
-        names = _names(f"{self.root}/trash")
+        names = files.names(f"{self.root}/trash")
         return [name for name in names if _TRASH.fullmatch(name) and not is_record(name)]
 
     # --- damage ------------------------------------------------------------------------------------------------
@@ -886,7 +706,7 @@ class Store:
         Raises:
             Corrupt: it is larger than any record.
         """
-        return _read(self._record_path(folder, record_id))
+        return files.read(self._record_path(folder, record_id))
 
     def replace_damaged(self, record: R, damaged: bytes) -> R:
         """Put a whole record in the place of one that cannot be read and whose file holds `damaged`; durable.
@@ -899,7 +719,7 @@ class Store:
         """
         path = self._path_of(record)
         directory, _, name = path.rpartition("/")
-        claims = [other for other in _names(directory) if other.startswith(f"{name}.g")]
+        claims = [other for other in files.names(directory) if other.startswith(f"{name}.g")]
         numbers = [int(claim.rpartition(".g")[2]) for claim in claims if claim.rpartition(".g")[2].isdecimal()]
         made = replace(records.next_version(record), generation=1 + max(numbers, default=0))
         temporary = self._steps.write_temporary(
@@ -909,7 +729,7 @@ class Store:
             for claim in claims:
                 # one of the damaged record must not become a change of the new one
                 self._steps.discard(f"{directory}/{claim}")
-            if _read(path) != damaged:
+            if files.read(path) != damaged:
                 raise Busy(f"{record.id} was changed by another operation")
             self._steps.rename(temporary, path)
         finally:
@@ -920,7 +740,7 @@ class Store:
         """Remove a record that cannot be read, at the explicit wish to delete it; its layers stay for the collector."""
         path = self._record_path(folder, record_id)
         directory, _, name = path.rpartition("/")
-        for other in _names(directory):
+        for other in files.names(directory):
             if other.startswith(f"{name}.g"):
                 # a claim of the damaged record must not become a change of a later record of this id
                 self._steps.discard(f"{directory}/{other}")
@@ -1162,7 +982,7 @@ class Store:
     # --- housekeeping ------------------------------------------------------------------------------------------
 
     def _reserve_file(self) -> str | None:
-        found = [name for name in _names(f"{self.root}/reserve") if _RESERVE.fullmatch(name)]
+        found = [name for name in files.names(f"{self.root}/reserve") if _RESERVE.fullmatch(name)]
         return f"{self.root}/reserve/{found[0]}" if found else None
 
     def replenish_reserve(self) -> None:
@@ -1171,25 +991,27 @@ class Store:
         Raises:
             Exhausted: there is no space for that now.
         """
-        missing = _RESERVE_FILES - len(_names(f"{self.root}/reserve"))
+        missing = _RESERVE_FILES - len(files.names(f"{self.root}/reserve"))
         for _ in range(missing):
             temporary = self._steps.write_temporary(lambda fd: write_all(fd, bytes(_RESERVE_BYTES)))
             self._steps.rename(temporary, f"{self.root}/reserve/{uuid.uuid4().hex}")
 
     def listings(self, folder: str) -> Iterator[tuple[str, list[str]]]:
         """Give each shard of `folder` with the names of all that is in it: records, and what `is_record` is not."""
-        for shard in SHARDS:
-            yield shard, _names(f"{self.root}/{folder}/{shard}")
+        for shard in layout.SHARDS:
+            yield shard, files.names(f"{self.root}/{folder}/{shard}")
 
     def foreign_files(self) -> list[str]:
         """Name what lies outside of the shards and is not of this format; nothing of it is ever touched."""
-        known = {*_SHARDED, *_PLAIN, "lock", "format.json", f"{records.LEASE_ID}.json", "lost+found"}
-        foreign = [name for name in _names(self.root) if name not in known and not _LEASE_CLAIM.fullmatch(name)]
-        forms = {"tmp": _TEMPORARY, "reserve": _RESERVE, "nodes": _NODE, "jobs": _JOB, "trash": _TRASH}
+        known = {*layout.SHARDED, *layout.PLAIN, "lock", "format.json", f"{records.LEASE_ID}.json", "lost+found"}
+        foreign = [name for name in files.names(self.root) if name not in known and not _LEASE_CLAIM.fullmatch(name)]
+        forms = {"tmp": layout.TEMPORARY, "reserve": _RESERVE, "nodes": _NODE, "jobs": _JOB, "trash": _TRASH}
         for folder, form in forms.items():
-            foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not form.fullmatch(name)]
-        for folder in _SHARDED:
-            foreign += [f"{folder}/{name}" for name in _names(f"{self.root}/{folder}") if not _SHARD.fullmatch(name)]
+            foreign += [f"{folder}/{name}" for name in files.names(f"{self.root}/{folder}") if not form.fullmatch(name)]
+        for folder in layout.SHARDED:
+            foreign += [
+                f"{folder}/{name}" for name in files.names(f"{self.root}/{folder}") if not layout.SHARD.fullmatch(name)
+            ]
         return foreign
 
     def stale_temporaries(self) -> list[str]:
@@ -1199,14 +1021,14 @@ class Store:
         """
         directory = f"{self.root}/tmp"
         paths_of: defaultdict[str, list[str]] = defaultdict(list)
-        for name in _names(directory):
-            if _TEMPORARY.fullmatch(name):  # another is not ours: check reports it
+        for name in files.names(directory):
+            if layout.TEMPORARY.fullmatch(name):  # another is not ours: check reports it
                 paths_of[name.partition(".")[0]].append(f"{directory}/{name}")
         working = self._working_tokens()  # a job is there before its files are, so it is looked for after them
         stale = []
         for token, paths in paths_of.items():
             is_kept = working is None or token in working or self._presence.is_using(token, paths)
-            is_kept = is_kept and token != _INIT  # there is a format.json: another would be refused
+            is_kept = is_kept and token != layout.INIT  # there is a format.json: another would be refused
             stale += [path for path in paths if path in self._steps.abandoned or not is_kept]
         return stale
 
@@ -1221,7 +1043,7 @@ class Store:
     # --- jobs --------------------------------------------------------------------------------------------------
 
     def _job_names(self) -> list[str]:
-        return [name for name in _names(f"{self.root}/jobs") if _JOB.fullmatch(name)]
+        return [name for name in files.names(f"{self.root}/jobs") if _JOB.fullmatch(name)]
 
     def job_claims(self) -> list[str]:
         """Give the names of the claims in the folder of jobs."""
@@ -1229,7 +1051,7 @@ class Store:
 
     def lease_claims(self) -> list[str]:
         """Give the names of the claims on the lease, which lie in the pool's top directory."""
-        return [name for name in _names(self.root) if _LEASE_CLAIM.fullmatch(name)]
+        return [name for name in files.names(self.root) if _LEASE_CLAIM.fullmatch(name)]
 
     def note_over(self, job: JobRecord) -> None:
         """Say that a job of this process is over, though its record could not be removed."""
@@ -1262,7 +1084,7 @@ class Store:
 
     def _progress_paths(self, layer_id: str) -> list[str]:
         ending = f".{layer_id[:12]}"
-        return [f"{self.root}/tmp/{name}" for name in _names(f"{self.root}/tmp") if name.endswith(ending)]
+        return [f"{self.root}/tmp/{name}" for name in files.names(f"{self.root}/tmp") if name.endswith(ending)]
 
     def put_progress(self, layer_id: str, current_bytes: int, total_bytes: int) -> None:
         """Note how far the filling of a layer is, for whoever asks; not durable, and gone with this process."""
@@ -1314,7 +1136,7 @@ class Store:
             else:
                 raise Refused("rmdir(2) removed a directory that was not empty: layers in use would be removed")
             self._steps.rename(second, f"{directory}/name")
-            if _read(f"{directory}/name") != b"2":
+            if files.read(f"{directory}/name") != b"2":
                 raise Refused("rename(2) did not replace a file")
             if not self._presence.is_held(self.token):
                 raise Refused("locks on open files do not exclude each other on this mount")

@@ -11,7 +11,7 @@ import pytest
 import scratch
 from controller_kit import OWNER, Kit
 
-from csi_quobyte.pool import presence, records
+from csi_quobyte.pool import layout, presence, records
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import PoolSettings
 from csi_quobyte.pool.sizes import MIB
@@ -32,7 +32,7 @@ def pool() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="csi-quobyte-test-", dir=scratch.directory()) as name:
         root = Path(name, "pool")
         root.mkdir()
-        store_module.initialise(str(root), owner=OWNER, modes=records.Modes())
+        layout.initialise(str(root), owner=OWNER, modes=records.Modes())
         yield root
 
 
@@ -76,7 +76,7 @@ def small(tmp_path: Path) -> Iterator[Kit]:
     subprocess.run(["mount", "-o", "loop", str(image), str(root)], check=True, timeout=30)
     opened: list[Store] = []
     try:
-        store_module.initialise(str(root), owner=OWNER, modes=records.Modes())
+        layout.initialise(str(root), owner=OWNER, modes=records.Modes())
         opened.append(Store(str(root)))
         settings = PoolSettings(reservedPercentage=0, maxOverSubscription=1e9)
         opened[0].format = replace(opened[0].format, settings=settings)

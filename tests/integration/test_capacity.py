@@ -13,9 +13,10 @@ from controller_kit import Kit, tree
 from csi_quobyte.errors import Exhausted, Unavailable
 from csi_quobyte.operations.capacity import Provisioned, available_bytes
 from csi_quobyte.pool import records
+from csi_quobyte.pool.layout import SHARDS
 from csi_quobyte.pool.records import PoolSettings
 from csi_quobyte.pool.sizes import GIB, MIB, SizeRange, human
-from csi_quobyte.pool.store import SHARDS, Store
+from csi_quobyte.pool.store import Store
 
 Spaced = Callable[..., Kit]
 

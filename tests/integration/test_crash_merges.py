@@ -20,7 +20,7 @@ from test_crash_steps import Runner, is_noticed
 
 from csi_quobyte.engine.merging import SOFT_DEPTH
 from csi_quobyte.errors import Busy, Corrupt, Refused
-from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool import layout
 from csi_quobyte.pool.records import LayerRecord, Modes
 from csi_quobyte.pool.store import Store
 
@@ -51,7 +51,7 @@ def template() -> Iterator[tuple[Path, Tree]]:
     parent = Path(tempfile.mkdtemp(prefix="csi-quobyte-test-", dir=memory if memory.is_dir() else None))
     root = parent / "pool"
     root.mkdir()
-    store_module.initialise(str(root), owner=OWNER, modes=Modes())
+    layout.initialise(str(root), owner=OWNER, modes=Modes())
     as_new = tree(root)
     kit = Kit(Store(str(root)))
     kit.create("up")

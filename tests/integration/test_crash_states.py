@@ -29,7 +29,7 @@ from test_crash_steps import (
 from test_faults_full_pool import SIZE_BYTES as FULL_BYTES
 from test_faults_full_pool import Small, command
 
-from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool import layout
 from csi_quobyte.pool.records import Modes
 from csi_quobyte.pool.store import Store
 
@@ -114,7 +114,7 @@ def templates(runner: Runner) -> Iterator[dict[str, tuple[Path, Tree]]]:  # noqa
     for state, (build, _) in STATES.items():
         root = parent / state / "pool"
         root.mkdir(parents=True)
-        store_module.initialise(str(root), owner=OWNER, modes=Modes())
+        layout.initialise(str(root), owner=OWNER, modes=Modes())
         as_new = tree(root)
         kit = Kit(Store(str(root)))
         fill(kit)
@@ -195,7 +195,7 @@ def nearly_full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Smal
     try:
         root = mountpoint / "template"
         root.mkdir()
-        store_module.initialise(str(root), owner=OWNER, modes=Modes())
+        layout.initialise(str(root), owner=OWNER, modes=Modes())
         described = json.loads((root / "format.json").read_text())
         described["settings"]["maxOverSubscription"] = 1e9
         (root / "format.json").write_text(json.dumps(described))

@@ -23,6 +23,7 @@ from crash_runner import IMAGES, OPERATIONS
 
 from csi_quobyte.engine import collector
 from csi_quobyte.errors import Busy, NotFound
+from csi_quobyte.pool import layout
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import Modes, SnapshotState, VolumeState
 from csi_quobyte.pool.store import Store
@@ -98,7 +99,7 @@ def made_by(*fillers: Callable[[Kit], object]) -> Iterator[tuple[Path, Tree]]:
     parent = Path(tempfile.mkdtemp(prefix="csi-quobyte-test-", dir=memory if memory.is_dir() else None))
     root = parent / "pool"
     root.mkdir()
-    store_module.initialise(str(root), owner=OWNER, modes=Modes())
+    layout.initialise(str(root), owner=OWNER, modes=Modes())
     as_new = tree(root)
     kit = Kit(Store(str(root)))
     for fill_with in fillers:

@@ -37,8 +37,7 @@ from csi_quobyte.engine import trash
 from csi_quobyte.errors import AlreadyExists, Busy, NotFound, Refused, Unavailable
 from csi_quobyte.operations import golden
 from csi_quobyte.pb import csi_pb2 as csi
-from csi_quobyte.pool import images, records
-from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool import images, layout, records
 from csi_quobyte.pool.sizes import MIB
 from csi_quobyte.pool.store import Store
 from lab.client import block_capability
@@ -97,7 +96,7 @@ class Histories:
         self.base = Path(tempfile.mkdtemp(prefix="csi-quobyte-test-", dir=memory if memory.is_dir() else None))
         root = self.base / "pool"
         root.mkdir()
-        store_module.initialise(str(root), owner=OWNER, modes=records.Modes())
+        layout.initialise(str(root), owner=OWNER, modes=records.Modes())
         self.as_new: Tree = tree(root)
         self.roots = [root]
         if self.controllers == 2:

@@ -21,8 +21,7 @@ from csi_quobyte.engine import collector, layers
 from csi_quobyte.errors import Busy, Exhausted, Refused, Unavailable
 from csi_quobyte.host import filesystem
 from csi_quobyte.operations.staging import PublishRequest
-from csi_quobyte.pool import images
-from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool import files, images
 from csi_quobyte.pool.pools import Pools
 from csi_quobyte.pool.records import Content, SnapshotState, VolumeState
 from csi_quobyte.pool.sizes import SizeRange
@@ -208,7 +207,7 @@ def test_a_read_that_was_cut_once_does_not_delete_an_attached_volume(kit: Kit, m
     volume = kit.create("v")
     kit.attach("v")
     attached = kit.store.volume(volume.id)
-    plain = store_module._read
+    plain = files.read
     cut: list[str] = []
 
     def torn(path: str) -> bytes | None:
@@ -218,7 +217,7 @@ def test_a_read_that_was_cut_once_does_not_delete_an_attached_volume(kit: Kit, m
             return data[:-20]
         return data
 
-    monkeypatch.setattr(store_module, "_read", torn)
+    monkeypatch.setattr(files, "read", torn)
     with pytest.raises(Busy):
         kit.delete("v")
     assert cut

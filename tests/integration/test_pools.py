@@ -10,8 +10,7 @@ from controller_kit import OWNER
 
 from csi_quobyte.config import PoolSpec
 from csi_quobyte.errors import Busy, Corrupt, InvalidArgument, NotFound, Unavailable
-from csi_quobyte.pool import records
-from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool import layout, records
 from csi_quobyte.pool.pools import WORKERS, Pool, Pools
 from csi_quobyte.pool.store import Store
 
@@ -29,7 +28,7 @@ def released() -> Iterator[threading.Event]:
 
 def make_pool(root: Path) -> str:
     root.mkdir(exist_ok=True)
-    return store_module.initialise(str(root), owner=OWNER, modes=records.Modes()).prefix
+    return layout.initialise(str(root), owner=OWNER, modes=records.Modes()).prefix
 
 
 def open_pools(*roots: Path) -> Pools:

@@ -47,8 +47,7 @@ from test_crash_steps import UNTOUCHED, is_noticed, retry
 from csi_quobyte.engine import collector
 from csi_quobyte.errors import NotFound
 from csi_quobyte.operations import volumes
-from csi_quobyte.pool import records
-from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool import layout, records
 from csi_quobyte.pool.records import Modes
 from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.steps import Steps
@@ -499,7 +498,7 @@ def test_pool_init_goes_on_after_a_power_cut(target: Path) -> None:
     root.mkdir()
     recorder = Recorder(root)
     with recorder.recording():
-        made = store_module.initialise(str(root), owner=OWNER, modes=Modes())
+        made = layout.initialise(str(root), owner=OWNER, modes=Modes())
     recorder.check_complete()
     as_new = tree(root)
     dice = random.Random(SEED)
@@ -507,7 +506,7 @@ def test_pool_init_goes_on_after_a_power_cut(target: Path) -> None:
     for cut in (last, *(dice.randrange(last + 1) for _ in range(CUTS)), *(() if CUTS else range(last - 20, last))):
         for luck in (ALL_LOST, NAMES_ONLY, chance(dice.randrange(1 << 31))):
             after_cut(recorder.start, recorder.events[:cut], luck).put(target)
-            again = store_module.initialise(str(target), owner=OWNER, modes=Modes())
+            again = layout.initialise(str(target), owner=OWNER, modes=Modes())
             assert cut < last or again.uuid == made.uuid, f"cut {cut}, {luck.name}, seed {SEED}"
             store = Store(str(target))
             collector.sweep(store)

@@ -23,8 +23,9 @@ from controller_kit import OWNER, Elsewhere, Kit, tree
 from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
 from csi_quobyte.pool import images, presence, records
 from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool.layout import initialise, read_format
 from csi_quobyte.pool.records import LayerRecord, LayerState, Modes, Owner, Progress, VolumeState
-from csi_quobyte.pool.store import Store, initialise, read_format
+from csi_quobyte.pool.store import Store
 
 INCREMENTS = int(os.environ.get("CSI_QUOBYTE_INCREMENTS", "500"))  # by each of two processes; make scale: 5000
 DEADLINE_S = 60 + INCREMENTS / 20

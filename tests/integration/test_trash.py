@@ -22,8 +22,7 @@ from test_crash_merges import EVERY, SEED
 from csi_quobyte.engine import collector
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, DriverError, NotFound, Refused
 from csi_quobyte.operations.capacity import Provisioned, available_bytes
-from csi_quobyte.pool import records
-from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool import layout, records
 from csi_quobyte.pool.chain import chain_of
 from csi_quobyte.pool.records import (
     Content,
@@ -460,7 +459,7 @@ def hosts() -> Iterator[Callable[..., Kit]]:
     opened: list[Store] = []
     memory = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="csi-quobyte-test-", dir=memory if memory.is_dir() else None))
-    store_module.initialise(str(root), owner=OWNER, modes=Modes())
+    layout.initialise(str(root), owner=OWNER, modes=Modes())
 
     def make(observer: Pause | None = None) -> Kit:
         store = Store(str(root), observer=observer)
