@@ -381,8 +381,8 @@ def _spawn_detached(
     env_extra: Mapping[str, str] | None,
     timeout_s: float,
 ) -> Detached:
-    for stale in (pid_path, status_path):
-        Path(stale).unlink(missing_ok=True)
+    _end_overtaken(pid_path)
+    Path(status_path).unlink(missing_ok=True)
     supervisor_argv = ["sh", "-c", _SUPERVISOR, "sh", pid_path, status_path, _BECOME_DAEMON, *argv]
     log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -400,6 +400,23 @@ def _spawn_detached(
         _close_pipes(process)
     _reap_in_background(process)
     return detached
+
+
+def _end_overtaken(pid_path: str) -> None:
+    """Take an old pid file away, and end what it names.
+
+    The caller has found nothing running; a start that was under way when its process died may have made the file since.
+    Nobody knows of that daemon yet, and it must not get the socket of the next one.
+    """
+    taken = f"{pid_path}.old"
+    try:
+        os.replace(pid_path, taken)
+    except FileNotFoundError:
+        return
+    found = find_detached(taken)
+    if found and send_signal(found.process, os.path.dirname(pid_path), signal.SIGKILL):
+        wait_exit(found.process, _AFTER_KILL_S)
+    Path(taken).unlink(missing_ok=True)
 
 
 class Tied:

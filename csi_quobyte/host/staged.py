@@ -2,8 +2,12 @@
 
 The kernel and QMP say what is there; they cannot say for which attachment. The note is written before anything is
 started and removed after everything has ended, so a device without a note, or with another generation, is stale.
+
+A second kind says that a read-only bind mount is being made, which takes two steps: a writable one that is found with
+it is half of one, not somebody's.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -18,6 +22,12 @@ class StagedNote:
 
     volume_id: str
     generation: int
+    uid: str = ""
+    """Of the volume's record: another volume of the same id begins its generations anew."""
+
+    def is_of(self, uid: str, generation: int) -> bool:
+        """Say whether this is the note of that attachment of that volume; one of an earlier version has no uid."""
+        return self.generation == generation and self.uid in ("", uid)
 
 
 class StagedNotes:
@@ -47,9 +57,31 @@ class StagedNotes:
         """Give the note of a key; None when there is none that can be read."""
         try:
             found = json.loads(self._path(key).read_text(encoding="utf-8"))
-            return StagedNote(str(found["volume_id"]), int(found["generation"]))
+            return StagedNote(str(found["volume_id"]), int(found["generation"]), str(found.get("uid", "")))
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def _binding_path(self, key: str, target: str) -> Path:
+        return self._directory / f"{key}-{hashlib.sha256(target.encode()).hexdigest()[:16]}.binding"
+
+    def begin_binding(self, key: str, target: str) -> None:
+        """Note that a read-only bind mount is about to be made at a target.
+
+        Raises:
+            Unavailable: the state directory cannot be written.
+        """
+        try:
+            self._binding_path(key, target).touch(mode=0o600)
+        except OSError as error:
+            raise Unavailable(f"{self._directory} cannot be written: {error.strerror}") from error
+
+    def is_binding(self, key: str, target: str) -> bool:
+        """Say whether a read-only bind mount was begun at a target and not ended."""
+        return self._binding_path(key, target).exists()
+
+    def end_binding(self, key: str, target: str) -> None:
+        """Forget that a bind mount was begun; done before is success."""
+        self._binding_path(key, target).unlink(missing_ok=True)
 
     def remove(self, key: str) -> None:
         """Forget a key; done before is success."""

@@ -173,10 +173,30 @@ class Node:
             except _FINAL as error:
                 # the kubelet may never unstage what it has been told for good was not staged; but a call that came
                 # late, or is wrong, takes nothing from the attachment that there is
-                if admitted or not self._stands(store.find_volume(request.volume_id)):
-                    self._give_up(key, request.staging_path, kill=isinstance(error, _StaleError))
+                record = self._looked_again(store, request.volume_id, error)
+                if admitted or not self._stands(record) or self._is_unfinished(record):
+                    kill = isinstance(error, _StaleError) or self.is_stale(request.volume_id, record)
+                    self._give_up(key, request.staging_path, kill=kill)
                 raise
             self._count_staged()
+
+    def _looked_again(self, store: Store, volume_id: str, error: DriverError) -> VolumeRecord | None:
+        """Read a record again after a failure: only what is surely this node's still may be flushed.
+
+        Raises:
+            Unavailable: it cannot be read, and something of the volume is here: neither flushed nor dropped now.
+        """
+        try:
+            return store.find_volume(volume_id)
+        except DriverError as unreadable:
+            if not self.is_staged(volume_id):
+                raise error from unreadable
+            raise Unavailable(f"{error}; and whose what is staged here is cannot be said: {unreadable}") from error
+
+    def _is_unfinished(self, volume: VolumeRecord | None) -> bool:
+        """Say whether a volume with a file system has a device here that was never mounted."""
+        device = _device_of(self._key(volume.id)) if volume else None
+        return bool(volume and volume.access_type == "mount" and device and not _targets(device))
 
     def _stands(self, volume: VolumeRecord | None) -> bool:
         """Say whether a volume is staged here, at least in part, for the attachment that its record has."""
@@ -202,7 +222,7 @@ class Node:
             # a stage that hung for a while must not go on for an attachment that was taken away meanwhile
             self._attached(store, volume.id, attachment.generation)
 
-        self._expel_stale(key, attachment, request.staging_path)
+        self._expel_stale(key, volume, attachment, request.staging_path)
         store.forget_closed(volume)
         device = self._ensure_device(store, volume, attachment, request.staging_path, check_attached)
         check_attached()
@@ -211,7 +231,7 @@ class Node:
         else:
             _ensure_mounted(store, volume, attachment, device, request, check_attached)
 
-    def _expel_stale(self, key: str, attachment: Attachment, staging_path: str) -> None:
+    def _expel_stale(self, key: str, volume: VolumeRecord, attachment: Attachment, staging_path: str) -> None:
         """End the daemon and the device of an earlier attachment without a flush.
 
         What they have in memory is older than what another node may have written since: used again they would show
@@ -224,7 +244,7 @@ class Node:
         if device is None and self._daemons.find(key) is None:
             return
         note = self._notes.find(key)
-        if note and note.generation == attachment.generation:
+        if note and note.is_of(volume.uid, attachment.generation):
             return
         if device and (others := [target for target in _targets(device) if target != staging_path]):
             raise Refused(f"{device.path} is of an earlier attachment and still mounted at {others[0]}")
@@ -280,8 +300,14 @@ class Node:
 
         Raises:
             Refused: it is not attached to this node, or the generation is another one's: another stage may follow.
+            Busy: its record is just being changed on another host.
         """
-        volume = ready_volume(store, volume_id)
+        try:
+            volume = ready_volume(store, volume_id)
+        except Corrupt as error:
+            if store.is_damaged("volumes", volume_id):
+                raise
+            raise Busy(f"the record of volume {volume_id} was being changed; try again") from error
         for attachment in volume.attachments:
             if attachment.node == self._node_id:
                 if attachment.generation != generation:
@@ -309,9 +335,11 @@ class Node:
         _check_backing_names(store, chain)
         read_only = attachment.readonly and volume.access_type == "block"
         key, tag = self._key(volume.id), loop.tag_of(TAG_PREFIX, self._key(volume.id))
-        note = StagedNote(volume.id, attachment.generation)  # written before anything is started
+        note = StagedNote(volume.id, attachment.generation, volume.uid)  # written before anything is started
         if is_plain_loop(volume, chain):
             self._clear_dead(key, staging_path, expect_daemon=False)
+            self._stop_daemon(key, volume.id)  # of an attempt that had one; its directory would say that there is one
+            self._daemons.forget(key)
             self._notes.put(key, note)
             store.check_not_written(chain[0])
             if not read_only:
@@ -413,7 +441,7 @@ class Node:
         note = self._notes.find(self._key(volume_id))
         if note is None:
             return False
-        attachments = record.attachments if record else ()
+        attachments = record.attachments if record and note.uid in ("", record.uid) else ()
         return not any(one.node == self._node_id and one.generation == note.generation for one in attachments)
 
     def fence(self, volume_id: str) -> None:
@@ -428,6 +456,25 @@ class Node:
             how = "its daemon is ended" if self._has_daemon(key) else "its device is cut off from its file"
             log.error("volume %s was taken away from this node while staged: %s", volume_id, how)
             self._cut_off(key)
+
+    def cut_below(self, volume_id: str, is_taken: Callable[[], bool]) -> None:
+        """Cut the way to the file below a call that runs for long (e2fsck, mkfs), which has the lock.
+
+        What is found is judged after it was found: a later attachment's is never what is ended.
+
+        Raises:
+            Unavailable: it is not certain; call again.
+        """
+        key = self._key(volume_id)
+        device, daemon = _device_of(key), self._daemons.find(key)
+        if not is_taken():
+            return
+        log.error("volume %s was taken away from this node while a call on it runs: its writes end", volume_id)
+        if daemon and not daemon.kill():
+            raise Unavailable(f"the storage daemon of volume {volume_id} does not end; is its pool hanging?")
+        if device and daemon is None and not self._has_daemon(key):
+            limited = Executor(f"cutting off {device.path}", workers=1, callers=1, timeout_s=CUT_OFF_TIMEOUT_S)
+            limited.run(lambda: loop.cut_off(device))
 
     def _take_down(self, key: str, staging_path: str) -> None:
         """Unmount a device at the staging path, free it and end its daemon. A foreign mount there is left alone."""
@@ -481,23 +528,32 @@ class Node:
             if request.access_type != volume.access_type:
                 raise Refused(f"volume {volume.id} was made for access type {volume.access_type}")
             device = self._device(volume.id)
-            self._check_staged_for(attachment, volume.id)
+            self._check_staged_for(attachment, volume)
             readonly = request.readonly or attachment.readonly
             if volume.access_type == "block" and request.readonly and not attachment.readonly:
                 raise InvalidArgument("a block volume can be read-only only as a whole: attach it read-only")
             source = _publish_source(device, request)
-            if _is_published(device, request.target_path, readonly=readonly):
+            key, staged = self._key(volume.id), mounts.at(source)
+            is_read_only = readonly or bool(staged and "ro" in staged.options)  # a bind has the options of its source
+            if readonly and self._notes.is_binding(key, request.target_path):
+                _undo_half_bind(device, request.target_path)
+            if _is_published(device, request.target_path, readonly=is_read_only):
+                self._notes.end_binding(key, request.target_path)
                 return
             self._check_alive(device, volume.id)
             _check_single_writer(device, request)
             _make_target(request)
+            if readonly:
+                self._notes.begin_binding(key, request.target_path)
             mounts.bind(source, request.target_path, read_only=readonly)
+            self._notes.end_binding(key, request.target_path)
 
     def unpublish(self, volume_id: str, target_path: str) -> None:
         """Take a volume away from a pod's target path and remove that; done before is success.
 
         Raises:
-            Refused: the file system is in use there.
+            Refused: the file system is in use there; or it is none of this volume's: another volume, a FUSE mount, a
+                file with contents.
         """
         with self._lock(volume_id):
             mounted = mounts.at(target_path)
@@ -506,18 +562,20 @@ class Node:
                     f"{mounted.source} ({mounted.fstype}) is mounted at {target_path}: no volume of this driver"
                 )
             if mounted:
+                _check_not_another(mounted, self._find_device(volume_id), volume_id)
                 mounts.unmount(target_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
             _remove_target(target_path)
+            self._notes.end_binding(self._key(volume_id), target_path)
 
-    def _check_staged_for(self, attachment: Attachment, volume_id: str) -> None:
+    def _check_staged_for(self, attachment: Attachment, volume: VolumeRecord) -> None:
         """Check that what is staged was staged for this attachment.
 
         Raises:
             Refused: it was staged for an earlier one.
         """
-        note = self._notes.find(self._key(volume_id))
-        if note is None or note.generation != attachment.generation:
-            raise Refused(f"volume {volume_id} is staged here for another attachment; stage it again")
+        note = self._notes.find(self._key(volume.id))
+        if note is None or not note.is_of(volume.uid, attachment.generation):
+            raise Refused(f"volume {volume.id} is staged here for another attachment; stage it again")
 
     def _check_alive(self, device: LoopDevice, volume_id: str) -> None:
         """Check that a staged volume's device gives more than errors.
@@ -562,7 +620,7 @@ class Node:
             attachment = next((one for one in volume.attachments if one.node == self._node_id), None)
             if attachment is None:
                 raise Refused(f"volume {volume_id} is not attached to node {self._node_id}")
-            self._check_staged_for(attachment, volume_id)
+            self._check_staged_for(attachment, volume)
             if device.read_only:
                 raise Refused(f"volume {volume_id} is attached read-only")
             chain = chain_of(volume.head, store.find_layer)
@@ -845,7 +903,7 @@ def _ensure_mounted(
         options.append("ro")
     check_attached()
     mounts.mount(device.path, request.staging_path, fstype=volume.filesystem, options=options)
-    if not attachment.readonly and filesystem.needs_growth(device.path, volume.filesystem, request.staging_path):
+    if "ro" not in options and filesystem.needs_growth(device.path, volume.filesystem, request.staging_path):
         filesystem.grow(device.path, volume.filesystem, request.staging_path)
 
 
@@ -946,8 +1004,11 @@ def _publish_source(device: LoopDevice, request: PublishRequest) -> str:
 
 def _block_targets(device: LoopDevice) -> list[str]:
     """Give the targets where a device node is bound: mounts of /dev's file system whose root is the node."""
-    name = f"/{device.name}"
-    return [m.target for m in mounts.table() if m.fstype in {"devtmpfs", "tmpfs"} and m.root == name]
+    return [mounted.target for mounted in mounts.table() if _is_node_of(mounted, device)]
+
+
+def _is_node_of(mounted: mounts.Mount, device: LoopDevice) -> bool:
+    return mounted.fstype in {"devtmpfs", "tmpfs"} and mounted.root == f"/{device.name}"
 
 
 def _targets(device: LoopDevice) -> list[str]:
@@ -983,6 +1044,26 @@ def _check_single_writer(device: LoopDevice, request: PublishRequest) -> None:
         raise Refused(f"volume {request.volume_id} has a single writer and is published at {sorted(others)[0]}")
 
 
+def _undo_half_bind(device: LoopDevice, target_path: str) -> None:
+    """Unmount a writable bind that was to become a read-only one when its process died; no pod has it yet."""
+    mounted = mounts.at(target_path)
+    if mounted and "ro" not in mounted.options and target_path in _targets(device):
+        mounts.unmount(target_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
+
+
+def _check_not_another(mounted: mounts.Mount, device: LoopDevice | None, volume_id: str) -> None:
+    """Check that a mount is not one of another volume of this driver.
+
+    Raises:
+        Refused: it is.
+    """
+    for other in loop.scan(f"{TAG_PREFIX}:"):
+        if device and other.path == device.path:
+            continue
+        if mounted.major_minor == other.major_minor or _is_node_of(mounted, other):
+            raise Refused(f"another volume is mounted at {mounted.target}, not {volume_id}")
+
+
 def _make_target(request: PublishRequest) -> None:
     """Make the target: a directory for a mount volume, an empty file for a block volume.
 
@@ -1008,12 +1089,14 @@ def _remove_target(target_path: str) -> None:
     """Remove an unmounted target.
 
     Raises:
-        Refused: the directory is not empty, so it is none of ours.
+        Refused: the directory or the file is not empty, so it is none of ours.
     """
     try:
         mode = os.lstat(target_path).st_mode
         if stat.S_ISDIR(mode):
             os.rmdir(target_path)
+        elif stat.S_ISREG(mode) and os.lstat(target_path).st_size:
+            raise Refused(f"the target path {target_path} is a file with contents: none of ours")
         else:
             os.unlink(target_path)
     except FileNotFoundError:
@@ -1037,5 +1120,7 @@ def _device_at(device: LoopDevice | None, volume_id: str, volume_path: str) -> L
 
 def _grow_mounted(volume: VolumeRecord, device: LoopDevice, volume_path: str) -> None:
     mounted = mounts.at(volume_path)
+    if mounted and "ro" in mounted.options:
+        return  # by its class; it grows when it is mounted writable
     if mounted and filesystem.needs_growth(device.path, volume.filesystem, volume_path):
         filesystem.grow(device.path, volume.filesystem, volume_path)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import grpc
 
 from csi_quobyte import telemetry
-from csi_quobyte.errors import DriverError, InvalidArgument, NotFound, Unavailable
+from csi_quobyte.errors import Busy, DriverError, InvalidArgument, NotFound, Unavailable
 from csi_quobyte.host import mounts
 from csi_quobyte.operations.staging import Node, PublishRequest, StageRequest, VolumeStats
 from csi_quobyte.pb import csi_pb2 as csi
@@ -290,11 +290,20 @@ class Fence:
             try:
                 self._node.fence(volume_id)
                 self._fenced.add(volume_id)
+            except Busy as error:
+                log.error("volume %s was taken away while a call on it runs: %s", volume_id, error)
+                self._cut_below(volume_id)
             except DriverError as error:
                 log.error("volume %s was taken away and cannot be ended now: %s", volume_id, error)
         self._suspects = taken
         self._last_look = time.monotonic()
         telemetry.FENCE_LAST_LOOK.set_to_current_time()
+
+    def _cut_below(self, volume_id: str) -> None:
+        try:
+            self._node.cut_below(volume_id, lambda: self._attachments.is_surely_taken(volume_id))
+        except DriverError as error:
+            log.error("volume %s was taken away and cannot be ended now: %s", volume_id, error)
 
     def overdue(self) -> str:
         """Give the reason why attachments that were taken away may go unseen; an empty text when they do not."""
