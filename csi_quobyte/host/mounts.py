@@ -25,6 +25,8 @@ from csi_quobyte.host import command
 MOUNT_TIMEOUT_S = 60.0
 """A first mount replays the journal, which on a slow pool reads and writes up to a few hundred MiB."""
 _BIND_TIMEOUT_S = 10.0
+_LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
+_OF_THE_SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr", "/etc")
 """A bind mount does no I/O on a device, only a path lookup."""
 _LAZY_TIMEOUT_S = 5.0
 """Lazy unmounting only detaches: it does not ask the filesystem."""
@@ -162,9 +164,10 @@ def out_of_reach_of_servers(argv: Sequence[str]) -> list[str]:
     """Return the command line that runs `argv` where no mount of a server is: one that hangs cannot hang it then.
 
     It runs in a mount namespace of its own, from which FUSE and network mounts are detached first (lazily, which asks
-    no server). For tools that look at every mount point, mkfs.xfs above all.
+    no server). For tools that look at every mount point, mkfs.xfs above all. Other volumes are detached there, too:
+    while the tool hangs on its own device, its copies of their mounts would keep them from being freed.
     """
-    servers = [mount.target for mount in table() if _is_served(mount)]
+    servers = [mount.target for mount in table() if _is_served(mount) or _is_on_loop(mount)]
     # Constant text: the targets and the command are its arguments, never read as shell.
     script = 'while [ "$1" != -- ]; do umount -n -l --no-canonicalize -- "$1" || :; shift; done; shift; exec "$@"'
     # The deepest first; "sh" after the script is its $0.
@@ -179,6 +182,12 @@ def out_of_reach_of_servers(argv: Sequence[str]) -> list[str]:
 def _is_served(mount: Mount) -> bool:
     kind = mount.fstype.partition(".")[0]
     return kind in {"fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "glusterfs", "lustre", "afs"}
+
+
+def _is_on_loop(mount: Mount) -> bool:
+    """Say whether a mount is one of a loop device, and none that programs come from."""
+    is_of_system = any(f"{mount.target}/".startswith(f"{directory}/") for directory in _OF_THE_SYSTEM)
+    return mount.major_minor.startswith(_LOOP_MAJOR) and mount.target != "/" and not is_of_system
 
 
 def users_of(path: str, *, limit: int = 5) -> list[str]:

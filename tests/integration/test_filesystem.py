@@ -671,3 +671,21 @@ def test_every_allowed_mount_option_is_one_that_the_kernel_takes(
         except Unavailable as error:
             refused.append((option, str(error)))
     assert not refused
+
+
+@pytest.mark.root
+def test_a_mkfs_that_hangs_keeps_no_other_volume_s_device(new_device: NewDevice, mountpoint: str) -> None:
+    """mkfs.xfs has a mount namespace of its own, with a copy of every mount that there is when it begins."""
+    device = new_device()
+    make(device, "ext4")
+    mount(device, "ext4", mountpoint)
+    argv = mounts.out_of_reach_of_servers(["sh", "-c", "echo began; exec sleep 60"])
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as tool:
+        try:
+            assert tool.stdout is not None
+            assert tool.stdout.readline() == b"began\n"
+            mounts.unmount(mountpoint, timeout_s=10, lazy_after=False)
+            assert loop.release(device.tag, timeout_s=5).was_bound
+            assert loop.find(device.tag) is None
+        finally:
+            tool.kill()
