@@ -105,7 +105,7 @@ def _print_outcome(name: str, outcome: Outcome, *, dry_run: bool, as_json: bool)
         else:
             words = f"{action.action}: {'done' if action.done else 'NOT DONE'}"
         click.echo(f"{action.kind}: {where}: {words}: {action.reason}")
-    told = {(action.kind, action.id, action.path) for action in outcome.actions}
+    told = {(action.kind, action.id, action.path) for action in outcome.actions if dry_run or not action.done}
     _print_findings(one for one in outcome.after.findings if (one.kind, one.id, one.path) not in told)
     _print_sum(name, outcome.after)
 
