@@ -61,7 +61,7 @@ class Host:
         self.node.stage(self.kit.store, request)
         return self.staging_path
 
-    def publish(self, volume: VolumeRecord, generation: int, name: str = "target") -> Path:
+    def publish(self, volume: VolumeRecord, generation: int, name: str = "target", *, read_only: bool = False) -> Path:
         """Publish a staged volume to a pod."""
         target = self.base / name
         request = PublishRequest(
@@ -70,7 +70,7 @@ class Host:
             staging_path=str(self.staging_path),
             target_path=str(target),
             access_type=volume.access_type,
-            readonly=False,
+            readonly=read_only,
             single_writer=False,
         )
         self.node.publish(self.kit.store, request)
@@ -139,6 +139,8 @@ _ACTIONS: tuple[tuple[Any, str], ...] = (
     (Daemon, "stop"),
     (StagedNotes, "put"),
     (StagedNotes, "remove"),
+    (StagedNotes, "begin_binding"),
+    (StagedNotes, "end_binding"),
 )
 """What a node does to its host; before and after each is a step, besides the durable ones of the pool."""
 
@@ -164,6 +166,12 @@ def make_call(root: str, line: str, observe: Observer, began: Callable[[], None]
             host.close(volume)
         case "expand":
             host.expand(volume)
+        case "publish":
+            host.publish(volume, asked["generation"])
+        case "publish read-only":
+            host.publish(volume, asked["generation"], read_only=True)
+        case "unpublish":
+            host.unpublish(volume)
         case other:
             raise ValueError(other)
 

@@ -1,4 +1,4 @@
-"""A node process killed with SIGKILL in the middle of stage, unstage and expand: nothing that was written is lost.
+"""A node process killed with SIGKILL in the middle of any of its calls: nothing that was written is lost.
 
 Killed before every durable step of the pool, and before and after everything that it does to its host (daemon, loop
 device, mkfs, fsck, mount); and at moments in between. Then either the next process of the node makes the call again, or
@@ -21,6 +21,7 @@ from running import MIB, machine_of, read_tree, write_tree
 from test_crash_steps import SEED, Runner, _named, retry
 
 from csi_quobyte.errors import Busy, Unavailable
+from csi_quobyte.host import mounts
 from csi_quobyte.pool.records import VolumeRecord
 from csi_quobyte.pool.sizes import SizeRange
 from lab.machine import Machine
@@ -62,6 +63,11 @@ CASES = {
     "expand xfs": Case("expand", XFS, is_grown=True),
     "expand block": Case("expand", AS_BLOCK, is_grown=True),
     "expand loop block": Case("expand", LOOP | AS_BLOCK, is_grown=True),
+    "publish": Case("publish"),
+    "publish block": Case("publish", AS_BLOCK),
+    "publish read-only": Case("publish read-only"),
+    "unpublish": Case("unpublish"),
+    "unpublish block": Case("unpublish", AS_BLOCK),
 }
 
 
@@ -168,7 +174,7 @@ def begin(place: Place, case: Case) -> Story:
         written = write_unsynced(a, volume)
     if case.call == "stage" and case.is_written:
         a.close(volume)
-    if case.call == "expand":
+    if case.call in {"expand", "unpublish"}:
         a.publish(volume, generation)
     if case.is_grown:
         volume = a.kit.expand("v", 2 * volume.size_bytes)
@@ -183,6 +189,9 @@ def call_again(story: Story) -> None:
         "stage": lambda: a.stage(story.volume, story.generation),
         "unstage": lambda: a.close(story.volume),
         "expand": lambda: a.expand(story.volume),
+        "publish": lambda: a.publish(story.volume, story.generation),
+        "publish read-only": lambda: a.publish(story.volume, story.generation, read_only=True),
+        "unpublish": lambda: a.unpublish(story.volume),
     }
 
     def call() -> None:
@@ -192,6 +201,10 @@ def call_again(story: Story) -> None:
             raise Busy(str(error)) from error
 
     retry(call)
+    mounted = mounts.at(str(a.base / "target"))
+    assert (mounted is not None) == (story.case.call in {"expand", "publish", "publish read-only"})
+    if mounted:
+        assert ("ro" in mounted.options) == (story.case.call == "publish read-only")
     if story.case.call != "unstage":
         if story.case.is_written:
             assert read(a, story.volume) == story.written
@@ -239,7 +252,7 @@ def check_nothing_is_left(place: Place, kit: Kit) -> None:
     assert place.machine.leftovers() == []
     for name in ("a", "b"):
         state = place.machine.base / f"state-{name}"
-        assert [str(path) for path in state.glob("staged/*.json")] == []
+        assert [str(path) for path in state.glob("staged/*")] == []
     assert kit.errors() == []
     kit.delete("v")
     kit.sweep_until_quiet()
