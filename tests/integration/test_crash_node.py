@@ -182,21 +182,26 @@ def begin(place: Place, case: Case) -> Story:
     return Story(place, case, volume, generation, durable, written)
 
 
+def make_the_call(host: Host, story: Story) -> None:
+    """Make the call of a story on a host."""
+    calls: dict[str, Callable[[], object]] = {
+        "stage": lambda: host.stage(story.volume, story.generation),
+        "unstage": lambda: host.close(story.volume),
+        "expand": lambda: host.expand(story.volume),
+        "publish": lambda: host.publish(story.volume, story.generation),
+        "publish read-only": lambda: host.publish(story.volume, story.generation, read_only=True),
+        "unpublish": lambda: host.unpublish(story.volume),
+    }
+    calls[story.case.call]()
+
+
 def call_again(story: Story) -> None:
     """The next node process makes the call again, and the volume is closed in order."""
     a = story.place.host_a()
-    calls: dict[str, Callable[[], object]] = {
-        "stage": lambda: a.stage(story.volume, story.generation),
-        "unstage": lambda: a.close(story.volume),
-        "expand": lambda: a.expand(story.volume),
-        "publish": lambda: a.publish(story.volume, story.generation),
-        "publish read-only": lambda: a.publish(story.volume, story.generation, read_only=True),
-        "unpublish": lambda: a.unpublish(story.volume),
-    }
 
     def call() -> None:
         try:
-            calls[story.case.call]()
+            make_the_call(a, story)
         except Unavailable as error:  # what the killed process had begun to start goes on, or ends, for a moment
             raise Busy(str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Stage, unstage and expand, with every call that they make on the pool's files failing: ENOSPC, EDQUOT, EIO, ENOTCONN.
+"""Stage, unstage, expand and publish, with every call on the pool's files failing: ENOSPC, EDQUOT, EIO, ENOTCONN.
 
 Axes: the calls and volumes of test_crash_node × way to fail × call × what comes after. Wanted of each: an error that
 the kubelet retries; then the call is made again, or the node is given up, and all that test_crash_node asks for holds.
@@ -6,18 +6,16 @@ the kubelet retries; then the call is made again, or the node is given up, and a
 
 import os
 import random
-from collections.abc import Callable
 
 import pytest
 from faulty_os import MODES, FaultyOs
-from node_kit import Host
 from test_crash_node import (
     AFTERWARDS,
     CASES,
     Place,
-    Story,
     begin,
     call_again,
+    make_the_call,
     place,  # noqa: F401 - a fixture
 )
 from test_faults_each_step import SEED, SPREAD, attempt, check_class
@@ -28,21 +26,16 @@ pytestmark = pytest.mark.root
 CALLS = int(os.environ.get("CSI_QUOBYTE_FAULTS_CALLS", "1"))
 
 
-def call_on(host: Host, story: Story) -> None:
-    calls: dict[str, Callable[[], object]] = {
-        "stage": lambda: host.stage(story.volume, story.generation),
-        "unstage": lambda: host.close(story.volume),
-        "expand": lambda: host.expand(story.volume),
-    }
-    calls[story.case.call]()
+TOUCHING = [name for name, case in CASES.items() if case.call != "unpublish"]
+"""An unpublish never touches the pool."""
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", TOUCHING)
 def test_node_call_on_a_pool_that_fails_at_any_call(name: str, place: Place, impatient: None) -> None:  # noqa: F811
     whole = FaultyOs(str(place.root), MODES["ENOTCONN"], at=0)
     story, a = begin(place, CASES[name]), place.host_a()
-    assert attempt(lambda: call_on(a, story), whole) is None
+    assert attempt(lambda: make_the_call(a, story), whole) is None
     a.kit.store.close()
     call_again(story)
     counts = {way: sum(mode.counts(kind, spare=spare) for kind, spare in whole.seen) for way, mode in MODES.items()}
@@ -51,7 +44,7 @@ def test_node_call_on_a_pool_that_fails_at_any_call(name: str, place: Place, imp
     for number, (way, at) in enumerate(todo[: CALLS or None]):
         story, a = begin(place, CASES[name]), place.host_a()
         faults = FaultyOs(str(place.root), MODES[way], at)
-        error = attempt(lambda a=a, story=story: call_on(a, story), faults)  # type: ignore[misc]
+        error = attempt(lambda a=a, story=story: make_the_call(a, story), faults)  # type: ignore[misc]
         a.kit.store.close()
         afterwards = sorted(AFTERWARDS)[(number + SEED) % 2]
         try:
