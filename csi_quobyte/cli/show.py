@@ -84,33 +84,25 @@ def show(wanted: str, pool: tuple[str, ...], require_mount: RequireMount, as_jso
     It is given by its id, or by its CSI name such as pvc-…; what is in the trash is shown by csi-quobyte trash ls.
     """
     with open_pools(pool, require_mount) as opened:
-        found = [(one.name, id_) for one, store in opened for id_ in _ids(store, wanted)]
+        found = [
+            {**details, "pool": one.name}
+            for one, store in opened
+            for record_id in _ids(store, wanted)
+            if (details := _details(store, record_id))
+        ]
         if not found:
             raise NotFound(f"nothing in these pools has the id or name {wanted}; csi-quobyte ls prints both")
         if len(found) > 1:
-            meant = ", ".join(f"{record_id} in pool {name}" for name, record_id in found)
+            meant = ", ".join(f"{details['id']} in pool {details['pool']}" for details in found)
             raise InvalidArgument(f"{wanted!r} is the name of {meant}: give the id")
-        [(name, record_id)] = found
-        details = next(_details(store, record_id) for one, store in opened if one.name == name)
-        if details is None:
-            raise NotFound(f"{record_id} was deleted at this moment")
-        details["pool"] = name
-        click.echo(json.dumps(details, default=_plain) if as_json else _as_text(details))
+        click.echo(json.dumps(found[0], default=_plain) if as_json else _as_text(found[0]))
 
 
-def _ids(store: Store, wanted: str) -> Iterator[str]:
-    """Give the ids of what a pool has of an id or a CSI name."""
+def _ids(store: Store, wanted: str) -> Sequence[str]:
+    """Give the ids that an id or a CSI name may stand for in a pool."""
     if parse_id(wanted) or is_layer_id(wanted):
-        finders = (store.find_volume, store.find_snapshot, store.find_image, store.find_layer)
-        if any(find(wanted) for find in finders):
-            yield wanted
-        return
-    if store.find_volume(found := volume_id(store.prefix, wanted)):
-        yield found
-    if store.find_snapshot(found := snapshot_id(store.prefix, wanted)):
-        yield found
-    if store.find_image(found := image_id(store.prefix, wanted)):
-        yield found
+        return [wanted]
+    return [id_of(store.prefix, wanted) for id_of in (volume_id, snapshot_id, image_id)]
 
 
 @click.command()
@@ -250,8 +242,6 @@ def _rows(pool: str, store: Store, found: Index) -> Iterator[dict[str, Any]]:
 
 def _details(store: Store, record_id: str) -> dict[str, Any] | None:
     """Give everything about one object, None when there is none of this id."""
-    if not (parse_id(record_id) or is_layer_id(record_id)):
-        return None
     record: VolumeRecord | SnapshotRecord | ImageRecord | LayerRecord | None
     record = store.find_volume(record_id) or store.find_snapshot(record_id) or store.find_image(record_id)
     record = record or store.find_layer(record_id)

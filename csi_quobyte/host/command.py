@@ -304,7 +304,6 @@ def run_answering(
 def _run_answering(argv: Sequence[str], answer: Callable[[str], str], timeout_s: float) -> Completed:
     ours, terminal = os.openpty()
     with _opened(ours):
-        os.set_blocking(ours, False)
         with _opened(terminal):
             process = _start(argv, argv, terminal, terminal, terminal, None)
         try:
@@ -318,36 +317,17 @@ def _run_answering(argv: Sequence[str], answer: Callable[[str], str], timeout_s:
 def _converse(
     process: subprocess.Popen[bytes], ours: int, argv: Sequence[str], answer: Callable[[str], str], timeout_s: float
 ) -> str:
-    deadline = time.monotonic() + timeout_s
     said, answered = bytearray(), 0
-    with _opened(os.pidfd_open(process.pid)) as pidfd:
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        poller.register(ours, select.POLLIN)
-        exited = False
-        while not exited:
-            left_s = deadline - time.monotonic()
-            ready = {fd for fd, _ in poller.poll(max(0.0, left_s) * 1000)}
-            exited = pidfd in ready
-            if ours in ready and _read_terminal(ours, said, argv):
-                poller.unregister(ours)  # nobody has it open any more
-            if typed := answer(_text(said[answered:])):
-                answered = len(said)
-                with contextlib.suppress(OSError):  # it has ended meanwhile
-                    os.write(ours, typed.encode())
-            if not exited and left_s <= 0:
-                raise CommandTimedOut(argv, _KILLED_STATUS, _text(said), f"killed after {timeout_s} s")
+
+    def reply() -> None:
+        nonlocal answered
+        if typed := answer(_text(said[answered:])):
+            answered = len(said)
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                os.write(ours, typed.encode())
+
+    _read_until_exit(process, {ours: said}, argv, timeout_s, heard=reply)
     return _text(said)
-
-
-def _read_terminal(fd: int, buffer: bytearray, argv: Sequence[str]) -> bool:
-    """Move what a terminal shows to the buffer; True at its end, which the kernel says by EIO."""
-    try:
-        return _read_available(fd, buffer, argv)
-    except OSError as error:
-        if error.errno == errno.EIO:
-            return True
-        raise
 
 
 def spawn_detached(
@@ -611,8 +591,26 @@ def _start(
 
 def _collect(process: subprocess.Popen[bytes], argv: Sequence[str], timeout_s: float) -> tuple[str, str]:
     """Read stdout and stderr until the child has exited; end of file may never come (see `run`)."""
-    deadline = time.monotonic() + timeout_s
     buffers = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr) if pipe is not None}
+    _read_until_exit(process, buffers, argv, timeout_s)
+    stdout, stderr = (_text(buffer) for buffer in buffers.values())
+    return stdout, stderr
+
+
+def _read_until_exit(
+    process: subprocess.Popen[bytes],
+    buffers: Mapping[int, bytearray],
+    argv: Sequence[str],
+    timeout_s: float,
+    *,
+    heard: Callable[[], None] = lambda: None,
+) -> None:
+    """Move what comes on descriptors to their buffers until the child has exited; `heard` is called after each look.
+
+    Raises:
+        CommandTimedOut: it has not; it still runs.
+    """
+    deadline = time.monotonic() + timeout_s
     open_fds = set(buffers)
     poller = select.poll()
     for fd in buffers:
@@ -629,15 +627,14 @@ def _collect(process: subprocess.Popen[bytes], argv: Sequence[str], timeout_s: f
                 if _read_available(fd, buffers[fd], argv):
                     open_fds.remove(fd)
                     poller.unregister(fd)
+            heard()
             if not exited and left_s <= 0:
-                stderr = _text(list(buffers.values())[-1])
-                raise CommandTimedOut(argv, _KILLED_STATUS, stderr, f"killed after {timeout_s} s")
-    stdout, stderr = (_text(buffer) for buffer in buffers.values())
-    return stdout, stderr
+                said = _text(list(buffers.values())[-1])
+                raise CommandTimedOut(argv, _KILLED_STATUS, said, f"killed after {timeout_s} s")
 
 
 def _read_available(fd: int, buffer: bytearray, argv: Sequence[str]) -> bool:
-    """Move what a pipe holds to the buffer; True at end of file.
+    """Move what a pipe or terminal holds to the buffer; True at end of file, which a terminal says by EIO.
 
     Raises:
         CommandFailed: the buffer grew beyond MAX_OUTPUT_BYTES.
@@ -647,6 +644,10 @@ def _read_available(fd: int, buffer: bytearray, argv: Sequence[str]) -> bool:
             chunk = os.read(fd, _READ_BYTES)
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return True
         if not chunk:
             return True
         buffer += chunk

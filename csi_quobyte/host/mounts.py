@@ -25,8 +25,6 @@ from csi_quobyte.host import command
 MOUNT_TIMEOUT_S = 60.0
 """A first mount replays the journal, which on a slow pool reads and writes up to a few hundred MiB."""
 _BIND_TIMEOUT_S = 10.0
-_LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
-_OF_THE_SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr", "/etc")
 """A bind mount does no I/O on a device, only a path lookup."""
 _LAZY_TIMEOUT_S = 5.0
 """Lazy unmounting only detaches: it does not ask the filesystem."""
@@ -34,6 +32,9 @@ _LIVENESS_TIMEOUT_S = 2.0
 """statfs and one block: a server that needs longer than this is treated as dead."""
 _MAX_STACKED = 32
 """More mounts on one target than anybody stacks; a bound for the loop that removes them."""
+_LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
+_OF_THE_SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr", "/etc")
+"""Where programs come from: what is mounted there stays in sight of them."""
 
 _OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 

@@ -284,12 +284,9 @@ class Node:
         device, daemon = _device_of(key), self._daemons.find(key)
         if device:
             loop.set_read_only(device)
-        if daemon and not daemon.kill():
-            raise Unavailable(f"the storage daemon of key {key} does not end; is its pool hanging?")
+        _kill_daemon(daemon, f"with key {key}")
         if device:
-            # on a thread of its own: the kernel may hang with the pool
-            limited = Executor(f"cutting off {device.path}", workers=1, callers=1, timeout_s=CUT_OFF_TIMEOUT_S)
-            limited.run(lambda: _end_writing(device, is_cut=self._has_daemon(key)))
+            _in_limited_time(device, lambda: _end_writing(device, is_cut=self._has_daemon(key)))
 
     def _has_daemon(self, key: str) -> bool:
         """Say whether a volume was staged with a daemon, running or not; the others have a loop device alone."""
@@ -441,8 +438,10 @@ class Node:
         note = self._notes.find(self._key(volume_id))
         if note is None:
             return False
-        attachments = record.attachments if record and note.uid in ("", record.uid) else ()
-        return not any(one.node == self._node_id and one.generation == note.generation for one in attachments)
+        if record is None:
+            return True
+        ours = (one for one in record.attachments if one.node == self._node_id)
+        return not any(note.is_of(record.uid, one.generation) for one in ours)
 
     def fence(self, volume_id: str) -> None:
         """Cut off a volume that was taken away, without a flush; pods get errors from now on.
@@ -470,11 +469,9 @@ class Node:
         if not is_taken():
             return
         log.error("volume %s was taken away from this node while a call on it runs: its writes end", volume_id)
-        if daemon and not daemon.kill():
-            raise Unavailable(f"the storage daemon of volume {volume_id} does not end; is its pool hanging?")
-        if device and daemon is None and not self._has_daemon(key):
-            limited = Executor(f"cutting off {device.path}", workers=1, callers=1, timeout_s=CUT_OFF_TIMEOUT_S)
-            limited.run(lambda: loop.cut_off(device))
+        _kill_daemon(daemon, volume_id)
+        if device and not self._has_daemon(key):
+            _in_limited_time(device, lambda: loop.cut_off(device))
 
     def _take_down(self, key: str, staging_path: str) -> None:
         """Unmount a device at the staging path, free it and end its daemon. A foreign mount there is left alone."""
@@ -512,7 +509,7 @@ class Node:
                 log.error("volume %s: its daemon did not end cleanly: writes that were not flushed are lost", name)
                 return False
             case StopResult.STILL_RUNNING:
-                raise Unavailable(f"the storage daemon of volume {name} does not end; is its pool hanging?")
+                raise _still_running(name)
 
     # --- publish -----------------------------------------------------------------------------------------------
 
@@ -784,6 +781,29 @@ def _device_of(key: str) -> LoopDevice | None:
 
 def _left_s(deadline: float) -> float:
     return max(_LEAST_S, deadline - time.monotonic())
+
+
+def _still_running(name: str) -> Unavailable:
+    return Unavailable(f"the storage daemon of volume {name} does not end; is its pool hanging?")
+
+
+def _kill_daemon(daemon: Daemon | None, name: str) -> None:
+    """End a volume's daemon, if there is one, without a flush.
+
+    Raises:
+        Unavailable: it does not end.
+    """
+    if daemon and not daemon.kill():
+        raise _still_running(name)
+
+
+def _in_limited_time(device: LoopDevice, cut_off: Callable[[], None]) -> None:
+    """Cut off a device on a thread of its own: the kernel may hang with the pool.
+
+    Raises:
+        Unavailable: it does not answer in time. What `cut_off` raises.
+    """
+    Executor(f"cutting off {device.path}", workers=1, callers=1, timeout_s=CUT_OFF_TIMEOUT_S).run(cut_off)
 
 
 def _end_writing(device: LoopDevice, *, is_cut: bool) -> None:
@@ -1092,10 +1112,10 @@ def _remove_target(target_path: str) -> None:
         Refused: the directory or the file is not empty, so it is none of ours.
     """
     try:
-        mode = os.lstat(target_path).st_mode
-        if stat.S_ISDIR(mode):
+        found = os.lstat(target_path)
+        if stat.S_ISDIR(found.st_mode):
             os.rmdir(target_path)
-        elif stat.S_ISREG(mode) and os.lstat(target_path).st_size:
+        elif stat.S_ISREG(found.st_mode) and found.st_size:
             raise Refused(f"the target path {target_path} is a file with contents: none of ours")
         else:
             os.unlink(target_path)
@@ -1120,7 +1140,7 @@ def _device_at(device: LoopDevice | None, volume_id: str, volume_path: str) -> L
 
 def _grow_mounted(volume: VolumeRecord, device: LoopDevice, volume_path: str) -> None:
     mounted = mounts.at(volume_path)
-    if mounted and "ro" in mounted.options:
-        return  # by its class; it grows when it is mounted writable
-    if mounted and filesystem.needs_growth(device.path, volume.filesystem, volume_path):
+    if mounted is None or "ro" in mounted.options:
+        return  # read-only by its class: it grows when it is mounted writable
+    if filesystem.needs_growth(device.path, volume.filesystem, volume_path):
         filesystem.grow(device.path, volume.filesystem, volume_path)

@@ -5,7 +5,7 @@ PYTEST_DONT_REWRITE: it is imported by test modules and not loaded as a plugin.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Host:
     def detach(self, volume: VolumeRecord) -> None:
         self.kit.detach(volume.name, node=self.name)
 
-    def stage(self, volume: VolumeRecord, generation: int) -> Path:
+    def stage(self, volume: VolumeRecord, generation: int, **changes: Any) -> Path:
+        """Stage a volume; `changes` make the request another one than the right one."""
         request = StageRequest(
             volume_id=volume.id,
             generation=generation,
@@ -58,7 +59,7 @@ class Host:
             filesystem=volume.filesystem,
             mount_options=(),
         )
-        self.node.stage(self.kit.store, request)
+        self.node.stage(self.kit.store, replace(request, **changes))
         return self.staging_path
 
     def publish(self, volume: VolumeRecord, generation: int, name: str = "target", *, read_only: bool = False) -> Path:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -490,18 +491,26 @@ def test_copy_whose_process_is_killed_begins_again_with_the_retry(slow: Kit) -> 
     assert slow.check() == []
 
 
-def test_copy_whose_process_is_killed_is_begun_again_by_the_next_controller(slow: Kit) -> None:
-    begin_and_kill(slow)
+@contextmanager
+def next_controller(kit: Kit) -> Iterator[tuple[Copier, Collector]]:
+    """A controller that begins the copy n again, up to where that is whole."""
     copier = Copier(tools(), "main")
-    pools = Pools([PoolSpec("main", slow.store.root)], require_mount="any", timeout_s=PATIENCE_S)
+    pools = Pools([PoolSpec("main", kit.store.root)], require_mount="any", timeout_s=PATIENCE_S)
     collector = Collector(pools.all[0], tools(), resume=copier.resume)
     collector.start()
     try:
-        eventually(lambda: slow.store.volume(slow.volume_id("n")).state is VolumeState.READY)
-        assert holds(slow, "n", 7)
+        eventually(lambda: kit.store.volume(kit.volume_id("n")).state is VolumeState.READY)
+        assert holds(kit, "n", 7)
+        yield copier, collector
     finally:
         assert collector.stop(PATIENCE_S)
         assert copier.stop(PATIENCE_S)
+
+
+def test_copy_whose_process_is_killed_is_begun_again_by_the_next_controller(slow: Kit) -> None:
+    begin_and_kill(slow)
+    with next_controller(slow) as (copier, _):
+        pass
     slow.sweep_until_quiet()
     assert slow.check() == []
     assert not copier.resume(slow.store, slow.volume_id("n"), slow.released.append), "there is nothing to be done"
@@ -535,17 +544,8 @@ def test_copy_of_a_host_that_died_a_moment_ago_is_begun_again_later(slow: Kit, m
     far.close()
     monkeypatch.setattr(collector_module, "RESUME_EVERY_S", 0.1)
     monkeypatch.setattr("csi_quobyte.pool.store._NOTE_FRESH_S", 1.0)
-    copier = Copier(tools(), "main")
-    pools = Pools([PoolSpec("main", slow.store.root)], require_mount="any", timeout_s=PATIENCE_S)
-    collector = Collector(pools.all[0], tools(), resume=copier.resume)
-    collector.start()
-    try:
-        eventually(lambda: slow.store.volume(slow.volume_id("n")).state is VolumeState.READY)
-        assert holds(slow, "n", 7)
+    with next_controller(slow) as (_, collector):
         eventually(lambda: not collector._others_copies)
-    finally:
-        assert collector.stop(PATIENCE_S)
-        assert copier.stop(PATIENCE_S)
 
 
 def test_cache_whose_process_is_killed_is_given_up_and_made_by_the_next_who_wants_it(slow: Kit) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ pytestmark = pytest.mark.root
 
 DEADLINE_S = 20.0
 LOOP: dict[str, Any] = {"image_format": "raw", "data_path": "loop"}
+QUIET: dict[str, Any] = {"mkfs_options": ("-E", "lazy_itable_init=0,lazy_journal_init=0")}
+"""ext4 would otherwise go on with its tables in the background: a node that lost its volume is to be quiet."""
 STALE = b"of the node that lost the volume"
 
 
@@ -192,26 +195,38 @@ def attach(host: Host, volume: VolumeRecord) -> int:
     return host.kit.attach(volume.name, node=host.name, filesystem=volume.filesystem).generation
 
 
-@pytest.mark.parametrize("path", ["loop", "qcow2"])
-@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
-def test_a_stale_unstage_does_not_write_over_newer_data(hosts: Hosts, path: str, fstype: str) -> None:
+def overtake(
+    hosts: Hosts, volume: VolumeRecord, close: Callable[[VolumeRecord], None]
+) -> tuple[int, dict[str, str], str]:
+    """Take a volume that a has staged away by force, let b write to it and `close` it, while a's pod goes on.
+
+    Gives a's generation, what b wrote, and the image's sum, which has to stay. No fence runs.
+    """
     a, b = hosts.a, hosts.b
-    # ext4 would otherwise go on with its tables in the background: node a is to be quiet, and no fence runs here
-    quiet = {"mkfs_options": ("-E", "lazy_itable_init=0,lazy_journal_init=0")} if fstype == "ext4" else {}
-    volume = create(a, fstype, **quiet, **(LOOP if path == "loop" else {}))
-    a.stage(volume, attach(a, volume))
+    generation = attach(a, volume)
+    a.stage(volume, generation)
     write_tree(a.staging_path, files=2)
     run("sync", "-f", a.staging_path)
     a.detach(volume)  # forced
     hosts.agree()
     b.stage(volume, attach(b, volume))
     sums = write_tree(b.staging_path, files=6, size_bytes=MIB)
-    b.unstage(volume)
+    close(volume)
     b.detach(volume)
-    image = image_of(hosts, volume)
-    before = sum_of(image)
+    hosts.agree()
+    before = sum_of(image_of(hosts, volume))
     for number in range(50):  # the pod goes on, from what its kernel knew before
         (a.staging_path / f"stale-{number}").write_bytes(STALE * 4096)
+    return generation, sums, before
+
+
+@pytest.mark.parametrize("path", ["loop", "qcow2"])
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_a_stale_unstage_does_not_write_over_newer_data(hosts: Hosts, path: str, fstype: str) -> None:
+    a, b = hosts.a, hosts.b
+    volume = create(a, fstype, **(QUIET if fstype == "ext4" else {}), **(LOOP if path == "loop" else {}))
+    _, sums, before = overtake(hosts, volume, b.unstage)
+    image = image_of(hosts, volume)
     a.unstage(volume, stale=True)
     assert hosts.machine.leftovers() == []
     assert sum_of(image) == before

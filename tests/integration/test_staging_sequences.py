@@ -7,47 +7,28 @@ import os
 import signal
 import threading
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gates import background
-from node_kit import Host
 from running import MIB, read_tree, write_tree
 from test_interleavings import BLOCK, SIZE, Hosts, hosts
-from test_node_faults import LOOP, STALE, attach, attachments_of, create, image_of, sum_of
+from test_node_faults import LOOP, QUIET, STALE, attach, attachments_of, create, image_of, overtake, sum_of
 
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, DriverError, Refused, Unavailable
 from csi_quobyte.host import command, filesystem, mounts, qsd
-from csi_quobyte.operations.staging import PublishRequest, StageRequest
-from csi_quobyte.pool.records import VolumeRecord
 from csi_quobyte.rpc.node import Fence
 from lab.machine import run, wait_for
 
 __all__ = ["hosts"]  # a fixture
 pytestmark = pytest.mark.root
 
-QUIET = {"mkfs_options": ("-E", "lazy_itable_init=0,lazy_journal_init=0")}
-"""ext4 would otherwise go on with its tables in the background."""
 both_paths = pytest.mark.parametrize("path", ["qcow2", "loop"])
 
 
 class KilledError(BaseException):
     """The process dies here."""
-
-
-def stage_as(host: Host, volume: VolumeRecord, generation: int, **changes: Any) -> None:
-    """Stage with a request that differs from the right one."""
-    right = StageRequest(
-        volume_id=volume.id,
-        generation=generation,
-        staging_path=str(host.staging_path),
-        access_type=volume.access_type,
-        filesystem=volume.filesystem,
-        mount_options=(),
-    )
-    host.node.stage(host.kit.store, replace(right, **changes))
 
 
 def on(path: str) -> dict[str, Any]:
@@ -104,22 +85,9 @@ def test_a_check_that_runs_for_long_does_not_keep_the_fence_away(
 @pytest.mark.parametrize("wrong", ["access type", "file system", "staging path", "deleted"])
 def test_a_stage_that_fails_never_flushes_what_was_taken_away(hosts: Hosts, path: str, wrong: str) -> None:
     a, b = hosts.a, hosts.b
-    volume = create(a, "ext4", **QUIET, **on(path))
-    first = attach(a, volume)
-    a.stage(volume, first)
-    write_tree(a.staging_path, files=2)
-    run("sync", "-f", a.staging_path)
-    a.detach(volume)  # forced
-    hosts.agree()
-    b.stage(volume, attach(b, volume))
-    sums = write_tree(b.staging_path, files=6, size_bytes=MIB)
-    b.close(volume)
-    b.detach(volume)
-    hosts.agree()
+    volume = create(a, "ext4", **on(path), **QUIET)
+    first, sums, before = overtake(hosts, volume, b.close)
     image = image_of(hosts, volume)
-    for number in range(50):  # the pod goes on, from what its kernel knew before
-        (a.staging_path / f"stale-{number}").write_bytes(STALE * 4096)
-    before = sum_of(image)
     a_file = a.base / "file"
     a_file.touch()
     changes: dict[str, dict[str, Any]] = {
@@ -136,7 +104,7 @@ def test_a_stage_that_fails_never_flushes_what_was_taken_away(hosts: Hosts, path
         third = attach(a, volume)
     hosts.agree()
     with pytest.raises(DriverError):
-        stage_as(a, volume, third, **changes[wrong])
+        a.stage(volume, third, **changes[wrong])
     assert sum_of(image) == before
     if wrong == "staging path":
         a.unstage(volume, stale=True)
@@ -226,7 +194,7 @@ def test_a_final_error_leaves_nothing_of_an_unfinished_stage(
         a_file = a.base / "file"
         a_file.touch()
         with pytest.raises(Refused):
-            stage_as(a, volume, generation, staging_path=str(a_file / "globalmount"))
+            a.stage(volume, generation, staging_path=str(a_file / "globalmount"))
         assert a.daemon_pid(volume) is None
     else:
         record = next((hosts.machine.directories["main"] / "volumes").glob(f"*/{volume.id}.json"))
@@ -301,15 +269,6 @@ def test_a_read_only_publish_that_was_killed_is_done_again(
     generation = a.attach(volume)
     a.stage(volume, generation)
     target = a.base / "target"
-    request = PublishRequest(
-        volume_id=volume.id,
-        generation=generation,
-        staging_path=str(a.staging_path),
-        target_path=str(target),
-        access_type="mount",
-        readonly=True,
-        single_writer=False,
-    )
     plain = mounts._mount
 
     def mount(argv: Any, timeout_s: float) -> None:
@@ -322,18 +281,18 @@ def test_a_read_only_publish_that_was_killed_is_done_again(
     with monkeypatch.context() as patched:
         patched.setattr(mounts, "_mount", mount)
         with pytest.raises(KilledError):
-            a.node.publish(a.kit.store, request)
+            a.publish(volume, generation, read_only=True)
     for _ in range(2):
-        a.node.publish(a.kit.store, request)
+        a.publish(volume, generation, read_only=True)
         found = mounts.at(str(target))
         assert found is not None
         assert "ro" in found.options
     with pytest.raises(AlreadyExists):
-        a.node.publish(a.kit.store, replace(request, readonly=False))
+        a.publish(volume, generation)
     a.node.unpublish(volume.id, str(target))
-    a.node.publish(a.kit.store, replace(request, readonly=False))
+    a.publish(volume, generation)
     with pytest.raises(AlreadyExists):
-        a.node.publish(a.kit.store, request)
+        a.publish(volume, generation, read_only=True)
     a.node.unpublish(volume.id, str(target))
     a.unstage(volume)
     assert hosts.machine.leftovers() == []
@@ -347,7 +306,7 @@ def test_a_class_that_mounts_read_only(hosts: Hosts, fstype: str) -> None:
     generation = attach(a, volume)
 
     def stage() -> None:
-        stage_as(a, volume, generation, mount_options=("ro",))
+        a.stage(volume, generation, mount_options=("ro",))
 
     stage()
     stage()
@@ -373,7 +332,7 @@ def test_unpublish_takes_away_what_is_this_volume_s_only(hosts: Hosts) -> None:
     generation = a.attach(mounted)
     a.stage(mounted, generation)
     of_block = a.attach(block)
-    stage_as(a, block, of_block, staging_path=str(a.base / "another"))
+    a.stage(block, of_block, staging_path=str(a.base / "another"))
     target = a.publish(block, of_block)
     precious = a.base / "precious"
     precious.write_text("somebody's")
