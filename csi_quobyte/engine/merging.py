@@ -459,7 +459,8 @@ def _undo(
         size_bytes = images.virtual_size_bytes(store, parent)
         if size_bytes > parent.size_bytes:
             store.swap(parent, replace(parent, size_bytes=size_bytes))
-    state = LayerState.HEAD if noted.kind == "flatten" else LayerState.FROZEN
+    # the layer of a flattening may have been frozen beside it
+    state = layer.state if noted.kind == "flatten" else LayerState.FROZEN
     store.swap(layer, replace(layer, state=state, merge=None))
 
 

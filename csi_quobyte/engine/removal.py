@@ -161,15 +161,22 @@ def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> 
 
     The source's record is written again first, unchanged: a freeze that another process is in the middle of (where
     locks do not reach) then loses its compare-and-set and cannot make a head of what is removed here.
+
+    Raises:
+        Busy: the source's record cannot be read at this moment, or changes.
     """
     try:
         source = store.find_volume(source_id)
-        if source and source.head == next_id:
-            layers.finish_freeze(store, source)
-            return
     except Corrupt as error:
-        # what is damaged is another object's; once that is repaired or deleted, the collector does the rest
-        log.error("a freeze is left as it is: %s", error)
+        if not store.is_damaged("volumes", source_id):
+            raise Busy(f"volume {source_id} was being changed") from error
+        _leave_freeze(error)
+        return
+    if source and source.head == next_id:
+        try:
+            layers.finish_freeze(store, source)
+        except Corrupt as error:
+            _leave_freeze(error)
         return
     if source is None:
         store.settle_name(source_id)
@@ -183,3 +190,8 @@ def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> 
     for marker in markers:
         store.unmark(next_id, marker)
     layers.abandon(store, next_id, None, parent=parent)
+
+
+def _leave_freeze(error: Corrupt) -> None:
+    """What is damaged is another object's: once that is repaired or deleted, the collector does the rest."""
+    log.error("a freeze is left as it is: %s", error)

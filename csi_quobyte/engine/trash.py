@@ -245,13 +245,18 @@ def _finish_restore(store: Store, entry: Deletable) -> None:
 
 
 def _give_up(store: Store, entry: Deletable) -> None:
-    """Make an entry that is being restored one that is kept, unless its record was published: then finish it."""
+    """Make an entry that is being restored one that is kept, unless its record was published: then finish it.
+
+    The entry changes before the marker goes. What was published and deleted again meanwhile has taken the entry away,
+    and its own entry may need that marker.
+    """
     store.revoke_restore(entry, _target(entry).uid)
     if _find_restored(store, entry):
         _finish_restore(store, entry)
         return
-    store.unmark(layer_of(entry), _target_marker(entry))
     store.swap_trashed(entry, replace(entry, trash=replace(_trash(entry), state=TrashState.KEPT, target=None)))
+    # die here: a marker that belongs to nothing, which the collector removes
+    store.unmark(layer_of(entry), _target_marker(entry))
 
 
 def finish_restored(store: Store, record: Deletable) -> None:

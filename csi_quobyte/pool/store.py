@@ -391,7 +391,9 @@ class Store:
             self._steps.link(begun.path, path, sync=False)
         except (FileExistsError, FileNotFoundError) as error:
             raise Busy(f"{begun.volume.id} was made, or this attempt was given up, by another operation") from error
-        self._steps.unlink(begun.path)
+        if not self._steps.unlink(begun.path):
+            # Another host has taken it away, too late to undo anything: the name is not durable by that removal.
+            self._steps.sync(os.path.dirname(path))
         return begun.volume
 
     def revoke(self, volume_id: str, head: str) -> None:
@@ -423,12 +425,14 @@ class Store:
         self._steps.sync(self.directory_of(record))
 
     def settle_name(self, record_id: str) -> None:
-        """Make durable what is seen of an id: that its record is there, or is not (any more), and not in the trash.
+        """Make durable what is seen of an id: that its record is as it is, or gone, and not in the trash.
 
         Before that is answered to a retry, or anything is done because of it: whoever changed it may have died before
         he could, and a power cut would take it back. An id that cannot be one of ours never had a record.
         """
-        if parsed := records.parse_id(record_id):
+        if records.is_layer_id(record_id):
+            self._steps.sync(os.path.dirname(self.layer_record_path(record_id)))
+        elif parsed := records.parse_id(record_id):
             directories = [os.path.dirname(self._record_path(layout.FOLDERS[parsed.kind], record_id))]
             if os.path.lexists(f"{self.root}/trash"):
                 directories.append(f"{self.root}/trash")

@@ -9,6 +9,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -331,6 +332,8 @@ class Kit:
     def sweep_until_quiet(self, timeout_s: float = 10.0) -> None:
         """Collect until a pass does nothing and nothing is left that a pass may still have to wait for."""
         deadline = time.monotonic() + timeout_s
+        with suppress(Busy):  # what a crash has left is met by the collector first, then by the merger
+            collector.sweep(self.store)
         while True:
             try:
                 done = self.end_merges()

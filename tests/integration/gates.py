@@ -47,10 +47,13 @@ class Gate:
 
 
 def dies_before(step: str, part: str) -> Observer:
-    """A process that ends before this step."""
+    """A process that ends before this step: of what comes after it nothing is done."""
+    is_dead = False
 
     def observe(at: str, path: str) -> None:
-        if at == step and part in path:
+        nonlocal is_dead
+        is_dead = is_dead or (at == step and part in path)
+        if is_dead:
             raise DiedError
 
     return observe

@@ -7,6 +7,9 @@ answers.
 
 A call that was answered ABORTED may have happened in that time, or not at all. One that was answered UNAVAILABLE or
 not at all may also happen later: its end is open.
+
+One call has two moments by design (`without_early_looks`): a clone of a snapshot refers to the layer first, from when
+on the snapshot can be deleted, and is there last.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -70,6 +73,30 @@ def first_impossible(calls: Sequence[Call], start: State, apply: Apply) -> Call 
             return calls[number]
         running.discard(number)
     return None
+
+
+def without_early_looks(calls: Sequence[Call]) -> list[Call]:
+    """Leave out the looks that came too early for a clone whose snapshot was deleted while the clone was being made.
+
+    A delete of a snapshot never waits for a clone of it. The model gives such a clone its moment before the delete;
+    until the call returns, it need not be seen.
+    """
+
+    def is_early(look: Call) -> bool:
+        is_missing = look.method == "look" and look.argument == ("clone",) and look.is_sure and look.answer is None
+        return is_missing and any(_overlap(look, clone) for clone in overtaken)
+
+    def is_overtaken(clone: Call) -> bool:
+        return any(each.argument == clone.argument and _overlap(each, clone) for each in deletes)
+
+    # the clone of a volume holds that volume's lock
+    deletes = [call for call in calls if call.method == "delete" and call.argument != ("volume",)]
+    overtaken = [call for call in calls if call.method == "clone" and is_overtaken(call)]
+    return [call for call in calls if not is_early(call)]
+
+
+def _overlap(one: Call, other: Call) -> bool:
+    return one.began < other.open_until and other.began < one.open_until
 
 
 def _ended(

@@ -23,7 +23,7 @@ from csi_quobyte.host import filesystem
 from csi_quobyte.operations.staging import PublishRequest
 from csi_quobyte.pool import files, images
 from csi_quobyte.pool.pools import Pools
-from csi_quobyte.pool.records import Content, SnapshotState, VolumeState
+from csi_quobyte.pool.records import Content, LayerState, SnapshotState, VolumeState
 from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.store import Store
 from csi_quobyte.rpc.node import Attachments, Fence
@@ -203,21 +203,43 @@ def test_a_snapshot_deleted_while_its_retry_runs_costs_the_volume_nothing(hosts:
 # --- a torn read -----------------------------------------------------------------------------------------------
 
 
-def test_a_read_that_was_cut_once_does_not_delete_an_attached_volume(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    volume = kit.create("v")
-    kit.attach("v")
-    attached = kit.store.volume(volume.id)
+def cut_once(record_id: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the next reader of a record see it cut off; gives what was seen so."""
     plain = files.read
     cut: list[str] = []
 
     def torn(path: str) -> bytes | None:
         data = plain(path)
-        if data and path.endswith(f"{volume.id}.json") and not cut:
+        if data and path.endswith(f"{record_id}.json") and not cut:
             cut.append(path)
             return data[:-20]
         return data
 
     monkeypatch.setattr(files, "read", torn)
+    return cut
+
+
+def test_a_read_that_was_cut_once_does_not_end_the_undo_of_a_freeze(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = kit.create("v")
+    kit.write("v", 1)
+    with pytest.raises(DiedError):
+        Kit(Store(kit.store.root, observer=dies_before("link", f"{volume.head}.json.g"))).snapshot("s", of="v")
+    cut = cut_once(volume.id, monkeypatch)
+    with pytest.raises(Busy):
+        kit.delete_snapshot("s")
+    assert cut
+    kit.delete_snapshot("s")
+    assert kit.store.layer(volume.head).state is LayerState.FROZEN
+    kit.sweep_until_quiet()
+    kit.consistency()
+    assert kit.holds("v", 1)
+
+
+def test_a_read_that_was_cut_once_does_not_delete_an_attached_volume(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = kit.create("v")
+    kit.attach("v")
+    attached = kit.store.volume(volume.id)
+    cut = cut_once(volume.id, monkeypatch)
     with pytest.raises(Busy):
         kit.delete("v")
     assert cut

@@ -4,6 +4,7 @@ As in test_merging_interleavings, two processes without common locks are two sto
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from csi_quobyte.engine import collector, index, layers, merger, merging
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.errors import Busy
 from csi_quobyte.host import jobs
-from csi_quobyte.pool.records import LayerState, SnapshotState, VolumeRecord, child_marker
+from csi_quobyte.pool.records import LayerState, Merge, SnapshotState, VolumeRecord, child_marker
 from csi_quobyte.pool.store import Store
 
 
@@ -208,6 +209,25 @@ def test_flattening_over_a_freeze_that_a_crash_has_left_waits_for_its_end(kit: K
     assert kit.merge_all() == ["flatten"]
     assert kit.snapshot_holds("late", 99, 2, 3)
     assert kit.holds("v", 99, 2, 3)
+    assert is_clean(kit)
+
+
+def test_flattening_that_is_given_up_leaves_a_frozen_layer_frozen(kit: Kit) -> None:
+    """A freeze was finished beside the note of a flattening that came late; then both processes died."""
+    kit.create("v")
+    kit.write("v", 1)
+    head = kit.chain("v")[0]
+    with pytest.raises(DiedError):
+        other(kit, dies_before("link", f"{head.id}.json.g")).snapshot("s", of="v")
+    noted = Merge(kind="flatten", child=head.id, parent=None)
+    kit.store.swap(kit.store.layer(head.id), replace(kit.store.layer(head.id), merge=noted))
+    layers.finish_freeze(kit.store, kit.store.volume(kit.volume_id("v")))
+    assert kit.end_merges()
+    layer = kit.store.layer(head.id)
+    assert (layer.state, layer.merge) == (LayerState.FROZEN, None)
+    kit.snapshot("s", of="v")
+    assert kit.holds("v", 1)
+    assert kit.snapshot_holds("s", 1)
     assert is_clean(kit)
 
 

@@ -36,7 +36,7 @@ from test_power_loss import (
     copied,
 )
 
-from csi_quobyte.engine import copying, hold, layers
+from csi_quobyte.engine import collector, copying, hold, layers
 from csi_quobyte.errors import Busy, DriverError, Exhausted, NotFound, Unavailable
 from csi_quobyte.operations import snapshots
 from csi_quobyte.operations.snapshots import SnapshotRequest
@@ -480,6 +480,44 @@ def test_merge_whose_commit_failed_once(played: Played) -> None:
     after = played.after(story)
     assert after.errors() == []
     assert after.holds("v", 1, 0, 3)
+
+
+def test_base_of_a_merge_is_not_dropped_before_the_commit_is_durable(played: Played) -> None:
+    kit = played.kit
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    kit.write("v", 3, block=2)
+    kit.delete_snapshot("s")
+    kit.sweep_until_quiet()
+    (plan,) = kit.plans()
+    assert plan.parent is None
+
+    def story() -> None:
+        played.dies(lambda died: died.merge(plan), "rename", f"{plan.child}.json")
+        while collector.sweep(kit.store):
+            pass
+        assert kit.store.find_layer(plan.layer) is None
+
+    after = played.after(story)
+    assert after.errors() == []
+    assert after.holds("v", 1, 0, 3)
+
+
+def test_volume_whose_announcement_another_host_has_taken_away_is_durable(played: Played) -> None:
+    revoked = []
+
+    def story() -> None:
+        def observe(step: str, path: str) -> None:
+            if step == "unlink" and ".new-" in path and not revoked:
+                name = path.rpartition("/")[2]
+                revoked.append(name)
+                played.dies(lambda died: died.store.revoke(*name.split(".new-")), "unlink", ".new-")
+
+        played.keep(Kit(Store(str(played.root), observer=observe))).create("v")
+        assert revoked
+
+    assert list(played.after(story).store.volume_ids())
 
 
 def test_undo_of_a_freeze_takes_no_head_of_a_volume_that_comes_back(played: Played) -> None:

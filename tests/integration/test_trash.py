@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from controller_kit import OWNER, SIZE_BYTES, Kit, tree
+from gates import DiedError, Gate, background, dies_before
 from test_crash_merges import EVERY, SEED
 
 from csi_quobyte.engine import collector
@@ -34,28 +35,10 @@ from csi_quobyte.pool.records import (
     marker_of,
 )
 from csi_quobyte.pool.sizes import GIB, SizeRange
-from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store
 
 FORMATTED = Content(state="formatted", filesystem="ext4", generation=1)
 KEPT: dict[str, Any] = {"on_delete": "trash"}
-
-
-class DiedError(Exception):
-    """The process of a call ends here."""
-
-
-def dies_before(step: str, part: str) -> Observer:
-    """A process that ends before this step: of what comes after it nothing is done."""
-    is_dead = False
-
-    def observe(at: str, path: str) -> None:
-        nonlocal is_dead
-        is_dead = is_dead or (at == step and part in path)
-        if is_dead:
-            raise DiedError
-
-    return observe
 
 
 def pass_time(monkeypatch: pytest.MonkeyPatch, passed: timedelta) -> None:
@@ -524,6 +507,24 @@ def test_operations_that_overtake_each_other_at_any_step(name: str, hosts: Calla
         if not was_stopped:
             break
     print(f"{name}: stopped before steps up to {step - 1}, every {EVERY}., seed {SEED}")
+
+
+def test_restore_that_was_done_and_deleted_since_is_not_given_up(hosts: Callable[..., Kit], impatient: None) -> None:
+    """Who gives it up late must leave the marker alone: it is that of the restored one's own entry now."""
+    kit, gate = hosts(), Gate("unlink", ".restore-")
+    entry_id = deleted(kit, on_delete="retain")
+    with pytest.raises(DiedError):
+        hosts(dies_before("link", "/volumes/")).restore(entry_id, "w")
+    late = background(lambda: hosts(gate).restore(entry_id, "x"))
+    gate.wait(late)
+    kit.restore(entry_id, "w")
+    kit.delete("w")
+    gate.open()
+    with pytest.raises((Busy, NotFound)):
+        late.result(20)
+    kit.restore(kit.trashed("w"), "y")
+    assert kit.holds("y", 1)
+    assert kit.errors() == []
 
 
 def check_owners(kit: Kit, head: str) -> int:
