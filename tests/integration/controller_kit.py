@@ -270,7 +270,9 @@ class Kit:
         """Merge what can be merged, until nothing is left to merge or drop; gives the kinds."""
         done = []
         while found := self.plans():
-            done += [plan.kind for plan in found[:1] if self.merge(plan)]
+            plan = found[0]
+            assert self.merge(plan), f"what was planned for a quiet pool is not done: {plan}"
+            done.append(plan.kind)
             self.sweep_until_quiet()
         return done
 
