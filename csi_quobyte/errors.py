@@ -44,3 +44,7 @@ class Unavailable(DriverError):
 
 class Corrupt(DriverError):
     """What is on disk contradicts itself; a human has to look."""
+
+
+FINAL = (InvalidArgument, NotFound, AlreadyExists, OutOfRange, Exhausted, Refused, Corrupt)
+"""The final classes: before one is raised, what the attempt has made so far is undone."""

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import click
@@ -85,10 +86,10 @@ def controller(
     identity = IdentityService(config.driver_name, pools)
 
     def stop() -> bool:
-        # a copy that is broken off begins again with the next call or controller
-        ended = [copier.stop(GRACE_S) for copier in copiers.values()]
-        ended += [collector.stop(GRACE_S) for collector in collectors.values()]
-        return all(ended)
+        # all at once: the grace of the pod is for all of them together
+        workers = [*copiers.values(), *collectors.values()]
+        with ThreadPoolExecutor(len(workers)) as threads:
+            return all(list(threads.map(lambda worker: worker.stop(GRACE_S), workers)))
 
     for collector in collectors.values():
         collector.start()

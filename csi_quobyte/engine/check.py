@@ -31,7 +31,7 @@ from csi_quobyte.pool.records import (
     snapshot_marker,
     volume_marker,
 )
-from csi_quobyte.pool.store import Store
+from csi_quobyte.pool.store import Store, is_claim
 
 Kind = Literal[
     "unreadable-record",
@@ -134,7 +134,7 @@ def _unreadable(store: Store, record_id: str, message: str) -> Finding:
 
 
 def _records(store: Store, found: Index) -> Iterator[Finding]:
-    """Records that cannot be read, operations that did not end, chains that do not hold together."""
+    """Records that cannot be read, operations that did not end, and what `_volumes` looks for."""
     for record_id, detail in found.unreadable.items():
         yield _unreadable(store, record_id, detail)
     for detail in store.unreadable_aside():
@@ -151,18 +151,45 @@ def _records(store: Store, found: Index) -> Iterator[Finding]:
         if entry.trash and entry.trash.state is not TrashState.KEPT:
             yield Finding("unfinished", entry_id, "", f"{entry.trash.state}: retry that, or leave it to the collector")
     yield from _merges(found)
+    yield from _volumes(store, found)
+    yield from _other_chains(found)
+
+
+def _volumes(store: Store, found: Index) -> Iterator[Finding]:
+    """Notes that cannot be read and chains that do not hold together, of live volumes and of those in the trash."""
     whole = [(v.id, v, v.state is VolumeState.READY) for v in found.volumes.values()]
     whole += [(entry_id, v, True) for entry_id, v in found.trash.items() if isinstance(v, VolumeRecord)]
     for record_id, volume, has_chain in whole:
-        try:
-            store.content(volume)
-        except Corrupt as error:
-            yield _unreadable(store, record_id, str(error))
-        if has_chain and volume.head in found.layers:
+        for look in (store.content, store.closed_generation):
             try:
-                chain_of(volume.head, found.layers.get)
+                look(volume)
             except Corrupt as error:
-                yield Finding("broken-chain", record_id, "", str(error))
+                yield _unreadable(store, record_id, str(error))
+        if has_chain:
+            yield from _chain(found, record_id, volume.head)
+
+
+def _other_chains(found: Index) -> Iterator[Finding]:
+    """Chains below snapshots, their caches and golden images that do not hold together."""
+    for snapshot in found.snapshots.values():
+        if snapshot.state is SnapshotState.READY:
+            yield from _chain(found, snapshot.id, snapshot.layer)
+        if snapshot.cache:
+            yield from _chain(found, snapshot.id, snapshot.cache)
+    for image in found.images.values():
+        if image.state is ImageState.READY:
+            yield from _chain(found, image.id, image.layer)
+    for entry_id, entry in found.trash.items():
+        if not isinstance(entry, VolumeRecord):
+            yield from _chain(found, entry_id, entry.layer)
+
+
+def _chain(found: Index, record_id: str, layer_id: str) -> Iterator[Finding]:
+    if layer_id in found.layers:
+        try:
+            chain_of(layer_id, found.layers.get)
+        except Corrupt as error:
+            yield Finding("broken-chain", record_id, "", str(error))
 
 
 def _merges(found: Index) -> Iterator[Finding]:
@@ -201,6 +228,11 @@ def needed(found: Index) -> Iterator[tuple[str, str, str]]:
     for layer in found.layers.values():
         if layer.parent and layer.state is not LayerState.RETIRED:
             yield layer.parent, child_marker(layer.id), layer.id
+
+
+def unmarked_layers(found: Index) -> frozenset[str]:
+    """Give the layers that a finished record needs and whose marker of that is not there: damage."""
+    return frozenset(layer_id for layer_id, marker, _ in needed(found) if marker not in found.refs.get(layer_id, ()))
 
 
 def _references(store: Store, found: Index) -> Iterator[Finding]:
@@ -245,11 +277,13 @@ def _stray(found: Index, stray: Stray) -> Finding | None:
     """Judge a file in a shard that is no record."""
     path = stray.path
     owner, _, ending = stray.name.partition(".")
-    if ".json.g" in stray.name:
+    if is_claim(stray.name):
         return Finding("stale-claim", owner, path, "a change of this record was interrupted")
     if stray.folder == "layers" and is_layer_id(owner) and ending in {"qcow2", "raw", "refs"}:
         if owner in found.layers or owner in found.intended_layers or owner in found.unreadable:
             return None
+        if owner in found.named_layers:
+            return None  # its record is what is missing
         return Finding("orphan-file", owner, path, "no layer record names this file")
     if stray.folder == "volumes" and ending.startswith("new-"):
         return Finding("unfinished", owner, path, "the making of this volume was interrupted")

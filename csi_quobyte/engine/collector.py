@@ -20,18 +20,21 @@ from dataclasses import dataclass
 from csi_quobyte import telemetry
 from csi_quobyte.engine import copying, hold, layers, merging, removal, trash
 from csi_quobyte.engine import index as index_module
+from csi_quobyte.engine.check import unmarked_layers
 from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.engine.removal import Release
-from csi_quobyte.errors import Busy, DriverError, Exhausted
+from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted
 from csi_quobyte.host.qemu import QemuTools
-from csi_quobyte.pool import records
+from csi_quobyte.pool import images, records
 from csi_quobyte.pool.pace import Pace, no_pace
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import (
+    ImageFormat,
     ImageState,
+    LayerRecord,
     LayerState,
     SnapshotState,
     TrashState,
@@ -41,7 +44,7 @@ from csi_quobyte.pool.records import (
     note_uid,
     parse_marker,
 )
-from csi_quobyte.pool.store import Store
+from csi_quobyte.pool.store import Store, is_claim
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ class Collector:
         self._others_copies: set[str] = set()
         self._resume_at = 0.0
         self._merger = Merger(pool, tools, self.release, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
+        self._unmarked: frozenset[str] = frozenset()
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._said = ""
@@ -173,7 +177,11 @@ class Collector:
             if layer_id is None:
                 self._merger.take(self._sweep_until_quiet(store))
                 return True
-            dropped = layers.drop_upwards(store, layer_id)
+            if layer_id in self._unmarked:
+                return (
+                    True  # its markers are not all that needs it: only a look at everything may say that nothing does
+                )
+            dropped = layers.drop_upwards(store, layer_id, keep=self._unmarked)
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
             if dropped or store.find_layer(layer_id) is None:
                 return True
@@ -213,6 +221,7 @@ class Collector:
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
+        self._unmarked = unmarked_layers(found) if found else self._unmarked
         pinned = [volume.id for volume in found.volumes.values() if volume.pinned] if found else []
         self._others_copies = {volume_id for volume_id in pinned if self._is_resumed_later(store, volume_id)}
         self._resume_at = time.monotonic() + RESUME_EVERY_S
@@ -226,7 +235,7 @@ class Collected:
     report: Report
 
 
-def collect(store: Store, tools: QemuTools, *, merges: bool) -> Iterator["Collected | Plan"]:
+def collect(store: Store, tools: QemuTools, *, merges: bool, purges: bool = True) -> Iterator["Collected | Plan"]:
     """Do at once all that the collector would do, with or without `merges`, and give each thing when it is done.
 
     Raises:
@@ -235,7 +244,7 @@ def collect(store: Store, tools: QemuTools, *, merges: bool) -> Iterator["Collec
     lease = Lease()
     try:
         while True:
-            report, found = _sweep(store, no_pace)
+            report, found = _sweep(store, no_pace, purges=purges)
             if report:
                 yield Collected(report)
                 continue
@@ -276,14 +285,14 @@ def sweep(store: Store, *, pace: Callable[[], None] = no_pace) -> Report:
     return _sweep(store, pace)[0]
 
 
-def _sweep(store: Store, pace: Callable[[], None]) -> tuple[Report, Index]:
+def _sweep(store: Store, pace: Callable[[], None], *, purges: bool = True) -> tuple[Report, Index]:
     """Do what `sweep` does, and give what was found last, too."""
     with store.lock(_LOCK):
         report = Report()
         found = index_module.read(store, brief=True, pace=pace)
         _end_dead_jobs(store, found, report)
         _finish_deletes(store, found, report)
-        _empty_trash(store, found, report)
+        _empty_trash(store, found, report, purges=purges)
         _finish_freezes(store, found, report)
         _undo_announced(store, found, report)
         if found.unreadable:
@@ -293,15 +302,17 @@ def _sweep(store: Store, pace: Callable[[], None]) -> tuple[Report, Index]:
             )
             if all(is_layer_id(record_id) for record_id in found.unreadable):
                 _drop_unreferenced(store, found, report, pace)
+                _remove_markers_of_nothing(store, found, report)
                 _remove_damaged_layers(store, found, report)
         else:
             _end_dead_caches(store, found, report)
             if report:
                 del found
                 found = index_module.read(store, brief=True, pace=pace)
-            _remove_stale_markers(store, found, report, pace)
-            _drop_unreferenced(store, found, report, pace)
-            _remove_orphan_files(store, found, report)
+            if not found.unreadable:  # what could be read at first may be unreadable at the second look
+                _remove_stale_markers(store, found, report, pace)
+                _drop_unreferenced(store, found, report, pace)
+                _remove_orphan_files(store, found, report)
         _clean_temporaries(store, report)
         return report, found
 
@@ -335,18 +346,15 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
             with _if_free(store, report, *names) as free:
                 current = store.find_volume(volume.id) if free else None
                 if current and current.state is VolumeState.DELETING:
-                    released = removal.remove_volume(store, current)
+                    removal.remove_volume(store, current)
                     report.finished_deletes += 1
-                    report.layers += layers.drop_upwards(store, released)
     for snapshot in found.snapshots.values():
         if snapshot.state is SnapshotState.DELETING:
             with _if_free(store, report, snapshot.source_volume, snapshot.id) as free:
                 current_snapshot = store.find_snapshot(snapshot.id) if free else None
                 if current_snapshot and current_snapshot.state is SnapshotState.DELETING:
-                    released = removal.remove_snapshot(store, current_snapshot)
+                    removal.remove_snapshot(store, current_snapshot)
                     report.finished_deletes += 1
-                    report.layers += layers.drop_upwards(store, released)
-                    report.layers += layers.drop_upwards(store, current_snapshot.cache)
     # One that is being made now has its lock held; where locks do not reach, its job's record says so.
     is_importing = any(not store.is_over(job) for job in found.jobs.values())
     for image in found.images.values():
@@ -354,24 +362,23 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
             with _if_free(store, report, image.id) as free:
                 current_image = store.find_image(image.id) if free else None
                 if current_image and current_image.state is not ImageState.READY:
-                    released_image = removal.remove_image(store, current_image)
+                    removal.remove_image(store, current_image)
                     report.finished_deletes += 1
-                    report.layers += layers.drop_upwards(store, released_image)
 
 
-def _empty_trash(store: Store, found: Index, report: Report) -> None:
+def _empty_trash(store: Store, found: Index, report: Report, *, purges: bool) -> None:
     """Purge what was kept for long enough, and finish the purges and restores that a crash has left."""
     now = records.now()
     for entry_id, entry in found.trash.items():
         state = entry.trash.state if entry.trash else TrashState.KEPT
-        if state is TrashState.KEPT and not trash.is_expired(entry, now):
+        if state is TrashState.KEPT and not (purges and trash.is_expired(entry, now)):
             continue
         with _if_free(store, report):
             if state is TrashState.RESTORING:
                 trash.go_on_restoring(store, entry_id)
                 report.restored += 1
                 continue
-            report.layers += layers.drop_upwards(store, trash.purge(store, entry_id))
+            trash.purge(store, entry_id)
             report.purged += 1
             log.info("%s is purged from the trash", entry_id)
 
@@ -462,16 +469,75 @@ def _drop_unreferenced(store: Store, found: Index, report: Report, pace: Callabl
     if not candidates:
         return
     now = index_module.read_names(store, pace=pace)
+    below = _below_damaged(store, found)
+    # what is damaged may lie on a layer that has lost its marker; what was decided before goes on
+    candidates = [
+        layer
+        for layer in candidates
+        if layer.state is LayerState.RETIRED or (below is not None and layer.id not in below and not layer.merge)
+    ]
     if now.unreadable.keys() - found.unreadable.keys():
         report.left += 1  # what cannot be read at this moment may name them
         return
+    going = {layer.id for layer in candidates}
+    keep = now.held | {layer.parent for layer in found.layers.values() if layer.parent and layer.id not in going}
     for layer in candidates:
         if layer.state is not LayerState.RETIRED and (layer.id in now.named or layer.id in now.held):
             continue
         with _if_free(store, report):
-            dropped = layers.drop_upwards(store, layer.id, keep=now.held)
+            dropped = layers.drop_upwards(store, layer.id, keep=keep, is_unnamed=True)
             report.layers += dropped
             report.left += not dropped and store.find_layer(layer.id) is not None
+
+
+def _below_damaged(store: Store, found: Index) -> set[str] | None:
+    """Give the layers that those whose records are lost or cannot be read lie on, by the names in their images.
+
+    None: it is not known, because an image cannot be read, either.
+    """
+    named = {layer_of(one) for one in (*found.volumes.values(), *found.trash.values(), *found.snapshots.values())}
+    damaged = (found.unreadable.keys() | found.lost_layers | named) - found.layers.keys()
+    below = set()
+    for layer_id in filter(is_layer_id, damaged):
+        layer = _as_it_may_be(layer_id, "qcow2")  # a raw one lies on nothing
+        if store.image_bytes(layer) is None:
+            continue
+        try:
+            name = images.read_header(store, layer).backing_name
+        except Corrupt:
+            return None
+        if name:
+            below.add(name.rpartition("/")[2].partition(".")[0])
+    return below
+
+
+def _as_it_may_be(layer_id: str, image_format: ImageFormat) -> LayerRecord:
+    """Give a record for finding the file of a layer whose own is lost."""
+    file = f"{layer_id}.{image_format}"
+    return LayerRecord(id=layer_id, file=file, format=image_format, size_bytes=0, parent=None, state=LayerState.FROZEN)
+
+
+def _remove_markers_of_nothing(store: Store, found: Index, report: Report) -> None:
+    """Take the markers of children of which nothing is left, neither record nor file, out of layers with torn records:
+    one that all of its children have left would stay for ever.
+
+    As in `_remove_stale_markers`, the markers were read before the records, so that no intent is about to need one.
+    """
+    for layer_id in found.unreadable:
+        for name in found.refs.get(layer_id, []):
+            marker = parse_marker(name)
+            if marker is None or marker.kind != "c" or found.needs(layer_id, marker):
+                continue
+            with _if_free(store, report):
+                if not _is_anything_left(store, marker.id) and not index_module.is_needed_now(store, layer_id, marker):
+                    store.settle_name(marker.id)
+                    store.unmark(layer_id, name)
+                    report.markers += 1
+
+
+def _is_anything_left(store: Store, layer_id: str) -> bool:
+    files = [_as_it_may_be(layer_id, "qcow2"), _as_it_may_be(layer_id, "raw")]
+    return store.markers(layer_id) is not None or any(store.image_bytes(one) is not None for one in files)
 
 
 def _remove_damaged_layers(store: Store, found: Index, report: Report) -> None:
@@ -480,8 +546,13 @@ def _remove_damaged_layers(store: Store, found: Index, report: Report) -> None:
     Nothing else could: no call names a layer. An empty refs directory says that nobody owns one; the caller has seen
     that every volume and snapshot can be read, so that a lost marker of theirs would show.
     """
+    below = _below_damaged(store, found)
+    if below is None:
+        return
     for layer_id in found.unreadable:
-        if found.refs.get(layer_id) or layer_id in found.named_layers or layer_id in found.intended_layers:
+        if layer_id in below or layer_id in found.named_layers or layer_id in found.intended_layers:
+            continue
+        if store.markers(layer_id):
             continue
         with _if_free(store, report):
             layers.remove_damaged(store, layer_id)
@@ -492,10 +563,12 @@ def _remove_orphan_files(store: Store, found: Index, report: Report) -> None:
     """Remove images, refs and notes that have no record and that no unfinished operation names."""
     intended = found.intended_layers
     for stray in found.strays:
-        if ".json.g" in stray.name:
+        if is_claim(stray.name):
             report.files += store.settle_claim(stray.folder, stray.shard, stray.name)
         elif _is_orphan(found, stray, intended):
             with _if_free(store, report):
+                if stray.folder == "volumes" and _has_owner_now(store, stray):
+                    continue
                 if stray.name.endswith(".refs"):
                     store.condemn(stray.name.removesuffix(".refs"))
                 else:
@@ -503,10 +576,21 @@ def _remove_orphan_files(store: Store, found: Index, report: Report) -> None:
                 report.files += 1
 
 
+def _has_owner_now(store: Store, stray: Stray) -> bool:
+    """Look once more for the volume of a note, in the order in which it moves; what is seen is durable then."""
+    owner, _, ending = stray.name.partition(".")
+    uid = note_uid(ending)
+    volume = store.find_volume(owner)
+    if (volume and volume.uid == uid) or store.find_trashed(f"{owner}-{uid}"):
+        return True
+    store.settle_name(owner)
+    return False
+
+
 def _is_orphan(found: Index, stray: Stray, intended: frozenset[str]) -> bool:
     owner, _, ending = stray.name.partition(".")
     if stray.folder == "layers" and is_layer_id(owner):
-        if owner in found.layers or owner in intended or found.refs.get(owner):
+        if owner in found.layers or owner in intended or owner in found.named_layers or found.refs.get(owner):
             return False
         return ending in {"qcow2", "raw", "refs"}
     if stray.folder == "volumes" and (uid := note_uid(ending)):

@@ -23,7 +23,7 @@ from typing import Final, Protocol
 
 from csi_quobyte.engine import layers, removal
 from csi_quobyte.engine.removal import Release
-from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted, NotFound, OutOfRange, Refused, Unavailable
+from csi_quobyte.errors import FINAL, Busy, Corrupt, DriverError, NotFound, Unavailable
 from csi_quobyte.host import jobs
 from csi_quobyte.host.jobs import Progress
 from csi_quobyte.host.qemu import ImageLayer, QemuTools
@@ -56,8 +56,8 @@ _NOTE_EVERY_S = 1.0  # how often the progress is written down, and the volume's 
 _LOCK_PATIENCE_S = 30.0
 _LOCK_PAUSE_S = 0.05
 _CANCEL_WAIT_S = 5.0
+_STALE_S = 2.2  # a client shows what was there a second ago
 _FAILURES_KEPT = 1000
-_FINAL = (Exhausted, NotFound, OutOfRange, Refused, Corrupt)
 
 Watch = jobs.Watch
 
@@ -156,9 +156,7 @@ def _copy_chain(
 
     The file is made as that of a blank volume is, with its preallocation, and then filled.
     """
-    chain = tuple(reversed(chain_of(source, store.find_layer)))
-    layers.check_quiet(store, chain)
-    images.check_chain(store, chain)
+    chain = _sound_chain(store, source)
     opened = [ImageLayer(one.id, store.image_path(one), one.format) for one in chain]
     writer = images.blank(target.format, size_bytes=target.size_bytes, preallocation=preallocation)
     path = store.write_image(writer)
@@ -179,6 +177,30 @@ def _copy_chain(
     finally:
         store.drop_progress(target.id)
     return path
+
+
+def _sound_chain(store: Store, source: str) -> tuple[LayerRecord, ...]:
+    """Give the chain of a layer that is held, base first.
+
+    What looks damaged is looked at again later: a client may show a record, just after a merge elsewhere, as it was a
+    second ago, and the source of a copy that is given up as damaged may have been deleted since.
+
+    Raises:
+        Busy: a merge is under way in it.
+        Corrupt: it is damaged.
+    """
+    try:
+        return _chain_now(store, source)
+    except Corrupt:
+        time.sleep(_STALE_S)
+    return _chain_now(store, source)
+
+
+def _chain_now(store: Store, source: str) -> tuple[LayerRecord, ...]:
+    chain = tuple(reversed(chain_of(source, store.find_layer)))
+    layers.check_quiet(store, chain)
+    images.check_chain(store, chain)
+    return chain
 
 
 def _publish(store: Store, volume: VolumeRecord, record: LayerRecord, copied: str | None) -> VolumeRecord:
@@ -270,7 +292,7 @@ def fill_cache(
         if cache_of(store, snapshot) is None:
             try:
                 _fill_cache(store, tools, snapshot, entry, watch, speed_bytes_per_s)
-            except (*_FINAL, jobs.Stopped) as error:
+            except (*FINAL, jobs.Stopped) as error:
                 if not isinstance(error, jobs.Stopped) or not _is_wanted(store, snapshot):
                     _give_up_cache(store, snapshot, entry)
                 raise
@@ -367,6 +389,7 @@ def _check_wanted(store: Store, snapshot: SnapshotRecord) -> None:
 class _Job:
     """One copy: waiting, running or ended."""
 
+    uid: str = ""
     progress: Progress | None = None
     error: DriverError | None = None
     made: VolumeRecord | None = None
@@ -411,7 +434,7 @@ class Copier:
 
     def volume(self, store: Store, volume: VolumeRecord, release: Release) -> VolumeRecord:
         """See `Copies`."""
-        job = self._job(volume.id, lambda job: self._copy(store, volume, job, release))
+        job = self._job(volume.id, lambda job: self._copy(store, volume, job, release), uid=volume.uid)
         job.ended.wait(self._first_wait_s)
         if job.made:
             return job.made
@@ -428,7 +451,7 @@ class Copier:
         if store.may_be_filled(volume.head):
             return True
         with suppress(Unavailable, Busy):  # this process ends, or the volume is being deleted
-            self._job(volume.id, lambda job: self._copy(store, volume, job, release))
+            self._job(volume.id, lambda job: self._copy(store, volume, job, release), uid=volume.uid)
         return True
 
     def cache(self, store: Store, snapshot_id: str) -> None:
@@ -474,21 +497,22 @@ class Copier:
         self._threads.shutdown(wait=False, cancel_futures=True)
         return all(job.progress is None or job.ended.wait(deadline - time.monotonic()) for job in running)
 
-    def _job(self, key: str, work: Callable[[_Job], None]) -> _Job:
-        """Give the job of a volume or snapshot, begun now or by an earlier call.
+    def _job(self, key: str, work: Callable[[_Job], None], uid: str = "") -> _Job:
+        """Give the job of a volume or snapshot, begun now or by an earlier call; `uid`: of which volume of that id.
 
         Raises:
+            Busy: one for an earlier volume of the id has not ended yet.
             Unavailable: this process ends.
         """
         with self._guard:
             if self._stopping:
                 raise Unavailable("this controller ends")
             present = self._jobs.get(key)
-            if present and not present.stop.is_set():
+            if present and not present.stop.is_set() and present.uid == uid:
                 return present
             if present and not present.ended.is_set():
                 raise Busy(f"an earlier copy for {key} is being stopped")
-            job = self._jobs[key] = _Job()
+            job = self._jobs[key] = _Job(uid)
             self._threads.submit(self._run, key, job, work)
             return job
 
@@ -515,7 +539,7 @@ class Copier:
     def _copy(self, store: Store, volume: VolumeRecord, job: _Job, release: Release) -> None:
         try:
             job.made = copy_volume(store, self._tools, volume, job.watch, speed_bytes_per_s=self._speed_bytes_per_s)
-        except _FINAL as error:
+        except FINAL as error:
             # final for the sidecars: they forget the volume, so nothing of it may stay
             with removal.undoing(), _lock_patiently(store, volume.id):
                 released = removal.remove_volume(store, volume)
@@ -527,7 +551,9 @@ class Copier:
     def _fill(self, store: Store, snapshot_id: str, job: _Job) -> None:
         try:
             fill_cache(store, self._tools, snapshot_id, job.watch, speed_bytes_per_s=self._speed_bytes_per_s)
-        except _FINAL as error:
+        except NotFound:
+            raise  # who asks next sees for himself whether the snapshot is there
+        except FINAL as error:
             with self._guard:
                 while len(self._cache_failures) >= _FAILURES_KEPT:
                     del self._cache_failures[next(iter(self._cache_failures))]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 
 from csi_quobyte.engine import layers, removal
 from csi_quobyte.errors import Busy, DriverError
@@ -35,7 +36,19 @@ class Hold:
         self._store = store
         self._clock = clock
         self._renewed_at = self._tried_at = clock()
-        self.job = job
+        self._job = job
+        self._failed: set[datetime] = set()  # the times in changes that failed, and may have been made all the same
+
+    @property
+    def job(self) -> JobRecord:
+        """The job's record as this process has written it last."""
+        if self._failed:
+            found = self._store.find_job(self._job.id)
+            # who ends a job writes it first, too, but with the time that stands there
+            if found and found.generation == self._job.generation + 1 and found.renewed_at in self._failed:
+                self._job = found
+                self._failed.clear()
+        return self._job
 
     def confirm(self) -> None:
         """Check, by renewing it, that the job was not ended by somebody else.
@@ -70,9 +83,12 @@ class Hold:
         """Write down what the job holds from now on, before its marker is made.
 
         Raises:
-            Busy: the job was ended by somebody else.
+            Busy: the job was ended by somebody else, or an earlier change that failed is not ended yet.
         """
-        self.job = self._store.swap(self.job, replace(job, renewed_at=records.now()))
+        present, following = self.job, replace(job, renewed_at=records.now())
+        self._failed.add(following.renewed_at)
+        self._job = self._store.swap(present, following)
+        self._failed.clear()
         self._renewed_at = self._clock()
 
     def renew(self) -> None:
@@ -127,7 +143,7 @@ def holding(store: Store, what: str) -> Iterator[Hold]:
             end(store, hold.job)
         except DriverError as error:
             # what the job was for is done, or has failed by itself; its record is ended as that of a dead process
-            store.note_over(hold.job)
+            store.note_over(job)
             log.warning("left to the collector, the hold of %s: %s", what, error)
 
 

@@ -127,9 +127,14 @@ def _check_closed(store: Store, volume: VolumeRecord) -> None:
     Raises:
         Unavailable: it was detached a moment ago, and not by a node that had closed it.
     """
-    if volume.detached_at is None or store.closed_generation(volume) == volume.attach_generation:
+    if volume.detached_at is None or (now() - volume.detached_at).total_seconds() >= FENCE_S:
         return
-    if (now() - volume.detached_at).total_seconds() < FENCE_S:
+    try:
+        is_closed = store.closed_generation(volume) == volume.attach_generation
+    except Corrupt as error:
+        log.error("the word that a volume was closed cannot be read and counts as none: %s", error)
+        is_closed = False
+    if not is_closed:
         raise Unavailable(
             f"volume {volume.id} was detached a moment ago from a node that has not said that it has closed it, and "
             f"may write to it for some seconds; try again"
@@ -428,7 +433,7 @@ def remove_damaged(store: Store, layer_id: str) -> None:
     store.remove_damaged("layers", layer_id)
 
 
-def drop(store: Store, layer_id: str) -> str | None:
+def drop(store: Store, layer_id: str, *, is_unnamed: bool = False) -> str | None:
     """Remove a layer that nothing refers to, and give its parent, which has lost a child by that.
 
     None when there is no such layer or it had no parent. Restartable at every step: the record goes last and names
@@ -441,7 +446,9 @@ def drop(store: Store, layer_id: str) -> str | None:
     if layer is None:
         return None
     if layer.state is not LayerState.RETIRED:
-        store.condemn(layer_id)
+        if not store.condemn(layer_id) and not is_unnamed:
+            # condemned by a process that died, or its refs are lost: the collector looks whether a record names it
+            raise Busy(f"layer {layer_id} has lost its refs directory")
         # die here: the record without refs tells the collector to go on
         layer = store.swap(layer, replace(layer, state=LayerState.RETIRED))
     store.remove_image(layer_id, layer.file)
@@ -452,12 +459,12 @@ def drop(store: Store, layer_id: str) -> str | None:
     return layer.parent
 
 
-def drop_upwards(store: Store, layer_id: str | None, *, keep: Container[str] = ()) -> int:
+def drop_upwards(store: Store, layer_id: str | None, *, keep: Container[str] = (), is_unnamed: bool = False) -> int:
     """Drop a layer and then each parent that nothing refers to any more and that is not to be kept; gives how many."""
     dropped = 0
     while layer_id and (dropped == 0 or layer_id not in keep):
         try:
-            layer_id = drop(store, layer_id)
+            layer_id = drop(store, layer_id, is_unnamed=is_unnamed and dropped == 0)
         except (Busy, NotFound):
             break
         dropped += 1

@@ -15,76 +15,56 @@ Nothing is guessed: `Uncertain` says what is missing or contradicts.
 
 from csi_quobyte.engine.index import Index
 from csi_quobyte.errors import Corrupt
-from csi_quobyte.pool import images
+from csi_quobyte.pool import images, layout
 from csi_quobyte.pool.records import (
     ImageFormat,
     ImageRecord,
-    ImageState,
     LayerRecord,
     LayerState,
+    Owning,
     SnapshotRecord,
-    SnapshotState,
     VolumeRecord,
-    VolumeState,
     child_marker,
-    image_marker,
+    layer_of,
+    marker_of,
+    parse_id,
     parse_marker,
-    snapshot_marker,
-    volume_marker,
 )
 from csi_quobyte.pool.salvage import salvage
 from csi_quobyte.pool.store import Store
 
 _FORMATS: tuple[ImageFormat, ...] = ("qcow2", "raw")
+# for each kind of object: its record, what to say when a part of that is lost, and when it never was ready
+_OBJECTS: dict[str, tuple[type[Owning], str, str]] = {
+    "vol": (VolumeRecord, ", and its attachments are written nowhere else", "repeat the call, or delete it"),
+    "snap": (SnapshotRecord, "", "repeat the call, or delete it"),
+    "img": (ImageRecord, "; csi-quobyte image rm removes it", "csi-quobyte image rm removes it"),
+}
 
 
 class Uncertain(Exception):
     """A record cannot be rebuilt without guessing; the message says why."""
 
 
-def rebuild_volume(store: Store, found: Index, volume_id: str) -> VolumeRecord:
-    """Give a volume's record from what is left of its text.
+def rebuild_object(store: Store, found: Index, record_id: str) -> Owning:
+    """Give the record of a volume, snapshot or golden image from what is left of its text.
 
     Raises:
         Uncertain: part of it is lost, or the pool contradicts it.
     """
-    data = store.damaged_bytes("volumes", volume_id)
-    record = salvage(VolumeRecord, data) if data else None
-    _check_no_change_under_way(found, volume_id)
-    if record is None or record.id != volume_id:
-        raise Uncertain("what its file still says is not all of it, and its attachments are written nowhere else")
-    if record.state is not VolumeState.READY or record.unfinished:
-        raise Uncertain(f"its state was {record.state}: repeat the call, or delete it")
-    if volume_marker(record) not in found.refs.get(record.head, []):
-        raise Uncertain(f"layer {record.head}, which its file names as its head, has no marker of it")
-    return record
-
-
-def rebuild_snapshot(store: Store, found: Index, snapshot_id: str) -> SnapshotRecord:
-    """Give a snapshot's record from what is left of its text; see `rebuild_volume`."""
-    data = store.damaged_bytes("snapshots", snapshot_id)
-    record = salvage(SnapshotRecord, data) if data else None
-    _check_no_change_under_way(found, snapshot_id)
-    if record is None or record.id != snapshot_id:
-        raise Uncertain("what its file still says is not all of it")
-    if record.state is not SnapshotState.READY or record.unfinished:
-        raise Uncertain(f"its state was {record.state}: repeat the call, or delete it")
-    if snapshot_marker(record) not in found.refs.get(record.layer, []):
-        raise Uncertain(f"layer {record.layer}, which its file names, has no marker of it")
-    return record
-
-
-def rebuild_image(store: Store, found: Index, image_id: str) -> ImageRecord:
-    """Give a golden image's record from what is left of its text; see `rebuild_volume`."""
-    data = store.damaged_bytes("images", image_id)
-    record = salvage(ImageRecord, data) if data else None
-    _check_no_change_under_way(found, image_id)
-    if record is None or record.id != image_id:
-        raise Uncertain("what its file still says is not all of it; csi-quobyte image rm removes it")
-    if record.state is not ImageState.READY or record.unfinished:
-        raise Uncertain(f"its state was {record.state}: csi-quobyte image rm removes it")
-    if image_marker(record) not in found.refs.get(record.layer, []):
-        raise Uncertain(f"layer {record.layer}, which its file names, has no marker of it")
+    parsed = parse_id(record_id)
+    if parsed is None:
+        raise Uncertain(f"{record_id} is no id of this format")
+    kind, if_lost, if_unfinished = _OBJECTS[parsed.kind]
+    data = store.damaged_bytes(layout.FOLDERS[parsed.kind], record_id)
+    record = salvage(kind, data) if data else None
+    _check_no_change_under_way(found, record_id)
+    if record is None or record.id != record_id:
+        raise Uncertain(f"what its file still says is not all of it{if_lost}")
+    if record.state.value != "ready" or record.unfinished:
+        raise Uncertain(f"its state was {record.state}: {if_unfinished}")
+    if marker_of(record) not in found.refs.get(layer_of(record), []):
+        raise Uncertain(f"layer {layer_of(record)}, to which its file refers, has no marker of it")
     return record
 
 
@@ -153,7 +133,7 @@ def _state(found: Index, layer_id: str) -> LayerState:
     ]
     if unknown:
         raise Uncertain(f"{unknown[0]} refers to it, and cannot be read")
-    if any(volume.head == layer_id for volume in found.volumes.values() if volume.state is VolumeState.READY):
+    if any(volume.head == layer_id for volume in found.volumes.values() if not volume.unfinished):
         return LayerState.HEAD
     if any(isinstance(entry, VolumeRecord) and entry.head == layer_id for entry in found.trash.values()):
         return LayerState.HEAD

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from csi_quobyte.engine import check as check_module
@@ -26,20 +27,18 @@ from csi_quobyte.engine.merging import is_in_grace
 from csi_quobyte.engine.rebuild import (
     Uncertain,
     parents_by_marker,
-    rebuild_image,
     rebuild_layer,
-    rebuild_snapshot,
-    rebuild_volume,
+    rebuild_object,
 )
 from csi_quobyte.errors import Busy, Corrupt, DriverError, NotFound, Refused
 from csi_quobyte.host import qemu_img
 from csi_quobyte.host.qemu import QemuTools
-from csi_quobyte.pool import images, records
+from csi_quobyte.pool import images, layout, records
 from csi_quobyte.pool.records import (
     LayerRecord,
     LayerState,
     Owning,
-    R,
+    SnapshotRecord,
     SnapshotState,
     VolumeRecord,
     VolumeState,
@@ -50,12 +49,12 @@ from csi_quobyte.pool.records import (
     parse_trash_id,
     same_version,
 )
-from csi_quobyte.pool.store import Store
+from csi_quobyte.pool.store import Store, is_claim
 
 log = logging.getLogger(__name__)
 
 _Key = tuple[Kind, str, str]
-Step = Literal["rebuild-record", "make-marker", "set-backing-name", "free-clusters", "collect", "none"]
+Step = Literal["rebuild-record", "make-marker", "set-backing-name", "free-clusters", "remove-note", "collect", "none"]
 
 _ROUNDS_AT_MOST = 6
 _PATIENCE_S = 15.0  # for others that hold a lock or the lease
@@ -63,7 +62,7 @@ _PAUSE_S = 0.5
 _IMAGE_TIMEOUT_S = 80.0  # together with what may have passed since the last renewal of the lease well below its end
 _LOCKS_AT_MOST = 400  # each is an open file
 # What has to be right before something else can be judged comes first.
-_ORDER: tuple[Step, ...] = ("rebuild-record", "make-marker", "set-backing-name", "free-clusters")
+_ORDER: tuple[Step, ...] = ("rebuild-record", "make-marker", "set-backing-name", "free-clusters", "remove-note")
 
 _COLLECTED: frozenset[Kind] = frozenset(
     {"unfinished", "stale-marker", "orphan-layer", "orphan-file", "stale-claim", "stale-temporary"}
@@ -290,13 +289,13 @@ def _collect(store: Store, tools: QemuTools) -> DriverError | None:
     deadline = time.monotonic() + _PATIENCE_S
     try:
         while True:
-            for _ in collector.collect(store, tools, merges=False):
+            for _ in collector.collect(store, tools, merges=False, purges=False):
                 pass
             folders = ("volumes", "snapshots", "images", "layers")
             listings = [listing for folder in folders for listing in store.listings(folder)]
             names = [name for _, shard in listings for name in shard] + store.trash_strays() + store.job_claims()
             names += store.lease_claims()
-            if not any(".json.g" in name for name in names) or time.monotonic() >= deadline:
+            if not any(is_claim(name) for name in names) or time.monotonic() >= deadline:
                 return None
             time.sleep(_PAUSE_S)
     except DriverError as error:
@@ -346,10 +345,14 @@ def _rebuilding(store: Store, found: Index, finding: Finding) -> _Task:
         raise Uncertain("its holder may be merging layers: stop all controllers of this pool, then remove it")
     if not record_id:
         raise Uncertain("start the node plugin of that node again: it writes it anew")
+    if ".closed-" in finding.path:
+        return _forgetting(store, found, record_id)
     if record_id not in found.unreadable:
         raise Uncertain("it says what was written to the device, which is known to nobody else; delete the volume")
     if is_layer_id(record_id):
         if not found.refs.get(record_id) and record_id not in found.named_layers:
+            if other := [one for one in found.unreadable if not is_layer_id(one)]:
+                raise Uncertain(f"left alone while {other[0]} cannot be read: it may be the owner")
             return _Task("collect", "nothing refers to this layer")
         layer = rebuild_layer(store, found, record_id)
         locks = _direct_users(found, layer)
@@ -358,19 +361,28 @@ def _rebuilding(store: Store, found: Index, finding: Finding) -> _Task:
         raise Uncertain("it is in the trash: csi-quobyte trash purge removes it")
     if record_id.startswith("job-"):
         raise Uncertain("an import or another long command: when no such command runs anywhere, remove this file")
-    if (parsed := parse_id(record_id)) and parsed.kind == "img":
-        image = rebuild_image(store, found, record_id)
-        reason = f"its file was cut off behind all that matters; it refers to layer {image.layer}"
-        return _Task("rebuild-record", reason, frozenset({record_id}), lambda: _replace(store, "images", image))
-    if (parsed := parse_id(record_id)) and parsed.kind == "snap":
-        snapshot = rebuild_snapshot(store, found, record_id)
-        locks = frozenset({record_id, snapshot.source_volume})
-        reason = f"its file was cut off behind all that matters; it refers to layer {snapshot.layer}"
-        return _Task("rebuild-record", reason, locks, lambda: _replace(store, "snapshots", snapshot))
-    volume = rebuild_volume(store, found, record_id)
-    reason = f"its file was cut off behind all that matters; its head is {volume.head}"
-    locks = frozenset({record_id})
-    return _Task("rebuild-record", reason, locks, lambda: _replace(store, "volumes", volume))
+    record = rebuild_object(store, found, record_id)
+    reason = f"its file was cut off behind all that matters; it refers to layer {layer_of(record)}"
+    locks = frozenset({record_id, record.source_volume} if isinstance(record, SnapshotRecord) else {record_id})
+    again = partial(rebuild_object, store, found, record_id)
+    return _Task("rebuild-record", reason, locks, lambda: _replace(store, record, again))
+
+
+def _forgetting(store: Store, found: Index, volume_id: str) -> _Task:
+    """Remove a node's word that it has closed a volume: without it, freezing waits for half a minute, as after a loss.
+
+    One of a volume in the trash goes with that.
+    """
+    volume = found.volumes.get(volume_id)
+    if volume is None:
+        raise Uncertain("it is removed with the volume, which is in the trash")
+    _check_detached(found, {volume_id})
+    return _Task(
+        "remove-note",
+        "a word of half a minute's worth, that the volume was closed in order",
+        frozenset({volume_id}),
+        lambda: store.forget_closed(volume),
+    )
 
 
 def _words(layer: LayerRecord) -> str:
@@ -379,14 +391,18 @@ def _words(layer: LayerRecord) -> str:
 
 def _replace_layer(store: Store, found: Index, layer: LayerRecord) -> None:
     _check_same_markers(store, found, layer.id)
-    _replace(store, "layers", layer)
+    _replace(store, layer, lambda: layer)
 
 
-def _replace(store: Store, folder: str, record: R) -> None:
-    """Put a rebuilt record in its place, unless the damaged one is readable after all."""
+def _replace(store: Store, record: Owning | LayerRecord, rebuild: Callable[[], Owning | LayerRecord]) -> None:
+    """Put a rebuilt record in its place, unless the damaged one is readable after all, or says something else now."""
+    parsed = parse_id(record.id)
+    folder = layout.FOLDERS[parsed.kind] if parsed else "layers"
     damaged = store.damaged_bytes(folder, record.id)
     if damaged is None or not store.is_damaged(folder, record.id):
         raise Busy(f"{record.id} can be read now, or is gone")
+    if rebuild() != record:
+        raise Busy(f"{record.id} was changed by another operation")
     store.replace_damaged(record, damaged)
 
 
@@ -468,7 +484,9 @@ def _check_parent(store: Store, found: Index, child: LayerRecord, parent: LayerR
 
 
 def _naming(store: Store, tools: QemuTools, found: Index, finding: Finding) -> _Task:
-    layer = found.layers[finding.id]
+    layer = found.layers.get(finding.id)
+    if layer is None:
+        raise Uncertain("it changes at this moment")
     parent = found.layers.get(layer.parent) if layer.parent else None
     if layer.parent and parent is None:
         raise Uncertain(f"its parent {layer.parent} has no record that can be read")
@@ -491,7 +509,9 @@ def _naming(store: Store, tools: QemuTools, found: Index, finding: Finding) -> _
 
 
 def _freeing(store: Store, tools: QemuTools, found: Index, finding: Finding) -> _Task:
-    layer = found.layers[finding.id]
+    layer = found.layers.get(finding.id)
+    if layer is None:
+        raise Uncertain("it changes at this moment")
 
     def work() -> None:
         _check_same_markers(store, found, layer.id)

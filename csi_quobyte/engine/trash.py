@@ -215,7 +215,7 @@ def _publish(store: Store, entry: Deletable) -> Deletable:
             store.mark(layer_of(entry), _target_marker(entry))
             # die here, before or after: the collector, or a retry, goes on
             store.publish_restored(entry, target)
-    except (AlreadyExists, Busy) as error:
+    except (AlreadyExists, Busy, Corrupt) as error:
         restored = _find_restored(store, entry)
         if restored is None:
             _give_up(store, entry)

@@ -39,6 +39,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -95,7 +96,8 @@ _TIED = '[ "$PPID" = "$1" ] || exit 125; shift; exec "$@"'
 
 _SYS_CLOSE_RANGE = 436  # the same on every architecture
 _CLOSE_RANGE_UNSHARE = 2  # linux/close_range.h
-_ISOLATED_THREADS = 32
+_ISOLATED_THREADS = 64  # four times what one pool can keep busy
+_TURN_S = 30.0  # so long a command waits for one of them
 
 
 @dataclass(frozen=True)
@@ -209,10 +211,27 @@ def _own_file_table(started: threading.Barrier) -> None:
 
 
 def _isolated_call(work: Callable[[], _T]) -> _T:
-    """Do `work` on a thread with its own file table, if there are such; a command's time limit bounds it."""
+    """Do `work` on a thread with its own file table, if there are such; a command's time limit bounds it.
+
+    Raises:
+        Unavailable: all these threads have had other commands for too long.
+    """
     if _isolated is None:
         return work()
-    return _isolated.executor.submit(contextvars.copy_context().run, work).result()
+    return _in_turn(_isolated.executor, work)
+
+
+def _in_turn(executor: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
+    """Do `work` on a thread of these, or give it up when none has begun with it in time: each may be busy for hours."""
+    future = executor.submit(contextvars.copy_context().run, work)
+    wait_for_futures([future], timeout=_TURN_S)
+    if future.cancel():
+        raise _no_turn()
+    return future.result()
+
+
+def _no_turn() -> Unavailable:
+    return Unavailable(f"{_ISOLATED_THREADS} commands are running already, for more than {_TURN_S:g} s")
 
 
 def _isolated_start(fds: Sequence[int], start: Callable[[Sequence[int]], _T]) -> _T:
@@ -229,9 +248,25 @@ def _isolated_start(fds: Sequence[int], start: Callable[[Sequence[int]], _T]) ->
             for fd in received:
                 os.close(fd)
 
-    with isolation.sending:
+    if not isolation.sending.acquire(timeout=_TURN_S):
+        raise _no_turn()
+    try:
         socket.send_fds(isolation.here, [b"\0"], fds)
-        return isolation.executor.submit(contextvars.copy_context().run, receive_and_start).result()
+        try:
+            return _in_turn(isolation.executor, receive_and_start)
+        except Unavailable:
+            _forget_sent(isolation.there, len(fds))
+            raise
+    finally:
+        isolation.sending.release()
+
+
+def _forget_sent(there: socket.socket, count: int) -> None:
+    """Take out what was sent to a thread that has not received it; nothing when it has."""
+    with contextlib.suppress(BlockingIOError):
+        _, received, _, _ = socket.recv_fds(there, 1, count, socket.MSG_DONTWAIT)
+        for fd in received:
+            os.close(fd)
 
 
 def run(

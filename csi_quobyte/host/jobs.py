@@ -25,6 +25,7 @@ would write the base's absolute path. A stream without base removes both. Each r
 layout, with the table of feature names, so the name then begins at byte 528.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -52,6 +53,7 @@ _JOB = "job"
 # A pool with less than this available counts as full: QEMU writes up to 2 MiB at once.
 _FULL_BYTES = 4 << 20
 _CREATE_TIMEOUT_S = 60.0
+_FLUSH_TIMEOUT_S = 3600.0  # of what the page cache has taken for a slow disk: nothing shows how far that is
 _COPY_MEMORY_BYTES = 1 << 30
 # As in a private daemon; QEMU's default does not fit into the limit of memory for a chain of 64 layers of 1 TiB.
 _COPY_L2_CACHE_BYTES = 1 << 20
@@ -231,7 +233,8 @@ def copy_chain(
         if not target_is_made:
             _make_image(tools, target_path, target_format, size_bytes)
         try:
-            _convert([tools.qemu_img, "convert", *options, source, target_path], shown_bytes, vigil)
+            argv = [tools.qemu_img, "convert", *options, source, target_path]
+            _convert(argv, shown_bytes, vigil, flushes_long=not bypass_cache)
         except _Stalled:
             raise
         except Unavailable as error:
@@ -390,9 +393,9 @@ def _leaving_in_order(daemon: qsd.PrivateDaemon) -> Iterator[None]:
         raise
 
 
-def _convert(argv: Sequence[str], total_bytes: int, vigil: _Vigil) -> None:
+def _convert(argv: Sequence[str], total_bytes: int, vigil: _Vigil, *, flushes_long: bool = False) -> None:
     limits = command.Limits(address_space_bytes=_COPY_MEMORY_BYTES, cpu_s=None)
-    percent = 0.0
+    percent = flushed_since = 0.0
     pause_s = _FIRST_POLL_S
     with command.tied(argv, limits=limits) as child:
         while (status := child.wait(pause_s)) is None:
@@ -401,9 +404,22 @@ def _convert(argv: Sequence[str], total_bytes: int, vigil: _Vigil) -> None:
             percent = float(said[-1]) if said else percent
             # qemu-img speaks once for each whole percent, which of a large image is minutes.
             vigil.saw(Progress(int(total_bytes * percent / 100), total_bytes), child.activity())
+            if percent >= 100 and flushes_long:
+                flushed_since = flushed_since or time.monotonic()
+                if time.monotonic() - flushed_since < _FLUSH_TIMEOUT_S:
+                    vigil.moved()
             vigil.tick()
-        if status != 0:
+        if status != 0 or _has_complained(child.stderr_tail()):
             raise command.CommandFailed(argv, status, child.stderr_tail())
+
+
+def _has_complained(stderr: str) -> bool:
+    """Say whether a qemu-img that ended with status 0 has failed all the same.
+
+    What it writes when it closes the target, its last L2 tables and reference counts, is not in its status: of a
+    failure there it only prints "Failed to flush the L2 table cache".
+    """
+    return any(line.strip() and "warning:" not in line for line in stderr.splitlines())
 
 
 @contextmanager
@@ -477,6 +493,8 @@ def _raise_if_locked(chain: Sequence[ImageLayer], alone: Sequence[ImageLayer], e
 
 def _raise_if_full(path: str, error: Unavailable) -> None:
     """Raise Exhausted if there is no space where `path` is: of most errors QEMU gives the text only, not the number."""
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        raise Exhausted(f"no space left: {error}") from error  # a quota shows nowhere else
     try:
         found = os.statvfs(Path(path).parent)  # qemu-img may have removed the file itself
     except OSError:

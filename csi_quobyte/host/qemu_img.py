@@ -291,6 +291,18 @@ def foreign_size_bytes(tools: QemuTools, path: str, format: ForeignFormat) -> in
     return size_bytes
 
 
+def check_foreign(tools: QemuTools, path: str) -> None:
+    """Check that the metadata of a qcow2 image from outside is sound, and nothing of it lies beyond the file's end.
+
+    Raises:
+        Refused: it is damaged or cut off: QEMU would read zeros there.
+        Unavailable: it could not be checked.
+    """
+    found = _checked([tools.qemu_img, "check", "--output=json", foreign_json(path, "qcow2")], CHECK_TIMEOUT_S)
+    if found.errors or found.corruptions:
+        raise Refused(f"{path} is cut off or damaged: {found.errors + found.corruptions} errors were found in it")
+
+
 def _alone_json(path: str, format: ImageFormat, *, direct: bool) -> str:  # noqa: A002
     return "json:" + json.dumps(_node(path, format, direct=direct, backing=None))
 

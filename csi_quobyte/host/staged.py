@@ -54,11 +54,19 @@ class StagedNotes:
             raise Unavailable(f"{self._directory} cannot be written: {error.strerror}") from error
 
     def find(self, key: str) -> StagedNote | None:
-        """Give the note of a key; None when there is none that can be read."""
+        """Give the note of a key; None when there is none, or one that is torn.
+
+        Raises:
+            Unavailable: the state directory cannot be read: that is no word that nothing is staged.
+        """
         try:
             found = json.loads(self._path(key).read_text(encoding="utf-8"))
             return StagedNote(str(found["volume_id"]), int(found["generation"]), str(found.get("uid", "")))
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise Unavailable(f"{self._path(key)} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError):
             return None
 
     def _binding_path(self, key: str, target: str) -> Path:

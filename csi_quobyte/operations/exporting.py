@@ -1,6 +1,6 @@
 """Export: what a volume or a snapshot shows, as an image file outside of the pool that needs no other file.
 
-    FILE.<job>.partial  --copied, synced-->  FILE        in one rename: under its own name a file is always whole
+    FILE.<pool>-<job>.partial  --copied, synced-->  FILE        in one step: under its own name a file is always whole
 
 While it is read nothing of the chain may change (engine/hold). Of a volume a snapshot is taken first, for this export
 alone; it goes as soon as the layer is held. The volume or snapshot can be deleted meanwhile: what is held stays until

@@ -11,8 +11,9 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from io import FileIO
 
 from csi_quobyte.engine import layers, removal
 from csi_quobyte.engine.hold import holding
@@ -63,11 +64,13 @@ def import_image(store: Store, tools: QemuTools, request: ImportRequest, watch: 
     with (
         holding(store, f"import of image {request.name!r}") as hold,
         _source(store, request, hold.watched(watch)) as path,
+        _held_still(path) as check_unchanged,
     ):
         size_bytes = _judged_size_bytes(tools, path, request.format)
         made = store.write_image(images.blank("qcow2", size_bytes=size_bytes, preallocation="off"))
         try:
             jobs.copy_foreign(tools, path, request.format, made, watch=hold.watched(watch))
+            check_unchanged()
             hold.confirm()
             with store.lock(image_id):
                 _make_free(store, image_id, request.name)
@@ -138,6 +141,39 @@ def _spool(fd: int, read: Read, watch: jobs.Watch) -> None:
     os.ftruncate(fd, length_bytes)
 
 
+@contextmanager
+def _held_still(path: str) -> Iterator[Callable[[], None]]:
+    """Open a file, and give what says at the end whether it is what it was: judged and copied are one file, not two.
+
+    The time of its last change of any kind (ctime) cannot be set by its owner.
+
+    Raises:
+        Refused: it cannot be read; by what is given: it has changed, or another one has its name.
+    """
+    with _opened(path) as file:
+        before = _state_of(file.fileno())
+
+        def check_unchanged() -> None:
+            with suppress(OSError):
+                if _state_of(path) == before == _state_of(file.fileno()):
+                    return
+            raise Refused(f"{path} has changed while it was imported")
+
+        yield check_unchanged
+
+
+def _opened(path: str) -> FileIO:
+    try:
+        return open(path, "rb", buffering=0)  # noqa: PTH123
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _state_of(file: str | int) -> tuple[int, ...]:
+    found = os.stat(file)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def _judged_size_bytes(tools: QemuTools, path: str, image_format: ForeignFormat) -> int:
     """Judge a file, of qcow2 the header before QEMU sees it, and give the size of the image to be made.
 
@@ -148,10 +184,25 @@ def _judged_size_bytes(tools: QemuTools, path: str, image_format: ForeignFormat)
     if image_format == "qcow2":
         _check_header(path)
     shown_bytes = qemu_img.foreign_size_bytes(tools, path, image_format)
+    if image_format == "qcow2":
+        qemu_img.check_foreign(tools, path)
+    elif image_format == "vdi":
+        _check_vdi_length(path)
     size_bytes = round_up(shown_bytes)
     if not 0 < size_bytes <= MAXIMUM_SIZE_BYTES:
         raise OutOfRange(f"{path} has a virtual size of {shown_bytes} bytes; from 1 byte to 64 TiB are possible")
     return size_bytes
+
+
+def _check_vdi_length(path: str) -> None:
+    """Check that the blocks that a vdi image counts are there: QEMU reads what is beyond the end as zeros."""
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        header = file.read(512)
+        data_at = int.from_bytes(header[344:348], "little")
+        block_bytes = int.from_bytes(header[376:380], "little")
+        blocks = int.from_bytes(header[388:392], "little")
+        if os.fstat(file.fileno()).st_size < data_at + block_bytes * blocks:
+            raise Refused(f"{path} is cut off: {blocks} blocks of {block_bytes} bytes do not end in it")
 
 
 def _check_header(path: str) -> None:

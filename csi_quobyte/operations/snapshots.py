@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from csi_quobyte.engine import layers, removal
 from csi_quobyte.engine.removal import Release
-from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, Exhausted, NotFound, Refused
+from csi_quobyte.errors import FINAL, AlreadyExists, Busy, Corrupt, NotFound
 from csi_quobyte.pool import records
 from csi_quobyte.pool.records import (
     DEFAULT_TRASH_RETENTION_S,
@@ -25,8 +25,6 @@ from csi_quobyte.pool.records import (
 from csi_quobyte.pool.store import Store
 
 log = logging.getLogger(__name__)
-
-_FINAL = (Exhausted, NotFound, Refused, Corrupt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ def create(store: Store, request: SnapshotRequest, release: Release) -> Snapshot
             return snapshot
         try:
             return _finish(store, snapshot)
-        except _FINAL:
+        except FINAL:
             # the record of this call, and no other: see volumes
             with removal.undoing():
                 release(removal.remove_snapshot(store, snapshot))

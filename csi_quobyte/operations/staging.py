@@ -28,6 +28,7 @@ from pathlib import Path
 from csi_quobyte import telemetry
 from csi_quobyte.engine.layers import ready_volume
 from csi_quobyte.errors import (
+    FINAL,
     AlreadyExists,
     Busy,
     Corrupt,
@@ -35,7 +36,6 @@ from csi_quobyte.errors import (
     Exhausted,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     Refused,
     Unavailable,
 )
@@ -55,8 +55,8 @@ log = logging.getLogger(__name__)
 
 TAG_PREFIX = "cq"
 
-# The calls end with these for good: the sidecars and the kubelet take them for "nothing is in progress".
-_FINAL = (Refused, Corrupt, NotFound, InvalidArgument, OutOfRange, Exhausted)
+# After these nothing of an attempt may be left. Not after AlreadyExists: it speaks of what stands here already.
+_UNDONE_AFTER = tuple(error for error in FINAL if error is not AlreadyExists)
 
 
 class _StaleError(Refused):
@@ -170,7 +170,7 @@ class Node:
                 _check_staging_path(request)
                 admitted = True
                 self._stage(store, volume, attachment, request)
-            except _FINAL as error:
+            except _UNDONE_AFTER as error:
                 # the kubelet may never unstage what it has been told for good was not staged; but a call that came
                 # late, or is wrong, takes nothing from the attachment that there is
                 record = self._looked_again(store, request.volume_id, error)
@@ -429,6 +429,13 @@ class Node:
         notes = [self._notes.find(key) for key in self._notes.keys()]  # noqa: SIM118 - not a dict
         return [note.volume_id for note in notes if note]
 
+    def _name_of(self, key: str) -> str:
+        """Give the id of the volume with a key, else words for it."""
+        with suppress(Unavailable):
+            if note := self._notes.find(key):
+                return note.volume_id
+        return f"of key {key}"
+
     def is_staged(self, volume_id: str) -> bool:
         """Say whether this node has a volume staged, by its note."""
         return self._notes.find(self._key(volume_id)) is not None
@@ -485,8 +492,7 @@ class Node:
 
     def _release(self, key: str) -> None:
         """Free the device, then end the daemon, in this order: an open device would keep the export busy."""
-        note = self._notes.find(key)
-        name = note.volume_id if note else f"with key {key}"
+        name = self._name_of(key)
         released = loop.release(loop.tag_of(TAG_PREFIX, key), timeout_s=RELEASE_TIMEOUT_S)
         if released.flush_error:
             log.error("volume %s: data could not be written back and is lost: %s", name, released.flush_error)
@@ -698,8 +704,7 @@ class Node:
         pools: dict[str, ThreadPoolExecutor] = {}
         futures: dict[Future[bool], str] = {}
         for key in self._known_keys():
-            note = self._notes.find(key)
-            name = note.volume_id if note else f"of key {key}"
+            name = self._name_of(key)
             parsed = parse_id(name)
             pool = parsed.pool if parsed else ""
             if pool not in pools:
@@ -769,6 +774,7 @@ class Node:
         devices = {device.tag for device in loop.scan(f"{TAG_PREFIX}:")}
         with_daemon = {loop.tag_of(TAG_PREFIX, key) for key in self._daemons.keys()}  # noqa: SIM118
         telemetry.STAGED_VOLUMES.labels("fuse").set(len(devices & with_daemon))
+        telemetry.STAGED_VOLUMES.labels("loop").set(len(devices - with_daemon))
 
 
 # --- pieces without state --------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from csi_quobyte.engine.copying import Copies, cache_of
 from csi_quobyte.engine.layers import ready_volume
 from csi_quobyte.engine.removal import Release
 from csi_quobyte.errors import (
+    FINAL,
     AlreadyExists,
     Busy,
     Corrupt,
     DriverError,
-    Exhausted,
     InvalidArgument,
     NotFound,
     OutOfRange,
@@ -58,7 +58,6 @@ from csi_quobyte.pool.store import Store
 log = logging.getLogger(__name__)
 
 DEFAULT_FILESYSTEM = "ext4"
-_FINAL = (Exhausted, NotFound, OutOfRange, Refused, Corrupt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +197,7 @@ def _create_from(
         volume = store.create(planned, sync=False)
     try:
         return _finish(store, volume)
-    except _FINAL:
+    except FINAL:
         # final for the sidecars: they forget the volume, so nothing of it may stay
         # It is the record of this call that is undone: if another one has finished or changed it, that one is right.
         with removal.undoing():
@@ -280,7 +279,9 @@ def _is_outdated(store: Store, volume: VolumeRecord) -> bool:
         return False
     if volume.source.kind == "snapshot":
         snapshot = store.find_snapshot(volume.source.id)
-        return snapshot is not None and _is_another(snapshot, volume)
+        return snapshot is not None and (
+            _is_another(snapshot, volume) or volume.parent not in {snapshot.layer, snapshot.cache}
+        )
     if volume.source.kind == "image":
         image = store.find_image(volume.source.id)
         return image is not None and image.layer != volume.parent  # one of the same name, imported since
@@ -354,7 +355,7 @@ def _create_blank(store: Store, planned: VolumeRecord) -> VolumeRecord:
             also=[begun.path],
         )
         return store.publish_begun(begun)
-    except (*_FINAL, Busy):
+    except (*FINAL, Busy):
         with removal.undoing():
             layers.undo_announced(store, volume.id, volume.head)
         raise
@@ -514,7 +515,7 @@ def attach(store: Store, request: AttachRequest) -> Attachment:
         NotFound: no such volume or node.
         AlreadyExists: attached to this node in another way.
         Refused: attached to another node.
-        InvalidArgument: see `check_capability`.
+        Refused: see `check_capability`.
     """
     with store.lock(request.volume_id):
         volume = ready_volume(store, request.volume_id)

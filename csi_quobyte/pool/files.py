@@ -4,7 +4,7 @@ import os
 import uuid
 from contextlib import suppress
 
-from csi_quobyte.errors import Corrupt
+from csi_quobyte.errors import Corrupt, Unavailable
 from csi_quobyte.pool.steps import translated
 
 _RECORD_BYTES = 1 << 20
@@ -58,3 +58,16 @@ def names(directory: str) -> list[str]:
             return sorted(os.listdir(directory))
         except FileNotFoundError:
             return []
+
+
+def names_in(directory: str) -> list[str]:
+    """Give the names in a directory that every pool has, sorted.
+
+    Raises:
+        Unavailable: it does not exist: what was in it must not be taken for gone.
+    """
+    with translated(directory):
+        try:
+            return sorted(os.listdir(directory))
+        except FileNotFoundError as error:
+            raise Unavailable(f"{directory} is gone: is the pool still mounted?") from error

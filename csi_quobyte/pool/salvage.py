@@ -14,7 +14,7 @@ from csi_quobyte.errors import Corrupt
 from csi_quobyte.pool import records
 from csi_quobyte.pool.records import ImageRecord, LayerRecord, SnapshotRecord, VolumeRecord
 
-S = TypeVar("S", VolumeRecord, SnapshotRecord, ImageRecord, LayerRecord)
+S = TypeVar("S", bound=VolumeRecord | SnapshotRecord | ImageRecord | LayerRecord)
 
 # What may be lost: the tags that `ls` shows, what says the same as the file's name, and the version, which is new
 # with every write.

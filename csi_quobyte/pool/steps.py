@@ -139,7 +139,12 @@ class Steps:
         """Remove a temporary; one that stays because that fails is remembered as of no use."""
         self.abandoned.add(path)
         with suppress(FileNotFoundError):
-            os.unlink(path)
+            try:
+                os.unlink(path)
+            except IsADirectoryError:  # of `prove_primitives`, which was killed
+                for name in os.listdir(path):
+                    os.unlink(f"{path}/{name}")
+                os.rmdir(path)
         self.abandoned.discard(path)
 
     def _fill(self, path: str, write: Callable[[int], None], flags: int, *, sync: bool) -> None:
@@ -173,6 +178,14 @@ class Steps:
         self._note("discard", path)
         with translated(path):
             self._remove_temporary(path)
+
+    def grow(self, fd: int, path: str, size_bytes: int) -> None:
+        """Make the file at `path`, open as `fd`, at least so long, sparse and durably; never shorter."""
+        self._note("grow", path)
+        with translated(path):
+            if os.fstat(fd).st_size < size_bytes:
+                os.ftruncate(fd, size_bytes)
+                os.fsync(fd)
 
     def scribble(self, path: str, data: bytes | None) -> None:
         """Write a small file whose contents nothing rests on, or remove it (None). No step: it is neither durable nor

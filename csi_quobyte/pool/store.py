@@ -53,8 +53,13 @@ log = logging.getLogger(__name__)
 _RESERVE = re.compile(r"[0-9a-f]{32}")
 _NODE = re.compile(r"[0-9a-f]{32}\.json")
 _TRASH = re.compile(r"[0-9a-f]{8}-(vol|snap)-[0-9a-f]{32}-[0-9a-f]{8}\.(json(\.g[0-9]+)?|restore-[0-9a-f]{8})")
+# of objects, live and in the trash; of layers and jobs; of nodes; the lease
+_RECORD = re.compile(
+    rf"([0-9a-f]{{8}}-(vol|snap|img)-[0-9a-f]{{32}}(-[0-9a-f]{{8}})?|[0-9a-f]{{24}}|[0-9a-f]{{32}}|{records.LEASE_ID})\.json"
+)
 _LEASE_CLAIM = re.compile(rf"{records.LEASE_ID}\.json\.g[0-9]+")
 _JOB = re.compile(r"[0-9a-f]{24}\.json(\.g[0-9]+)?")
+_CLAIM = re.compile(r".*\.json\.g[0-9]+")
 _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
 _CLAIM_PATIENCE_S = 2.0
@@ -211,13 +216,24 @@ class Store:
         data = files.read(path)
         return None if data is None else records.decode(kind, data, where=path)
 
+    def _find_own(self, kind: type[R], path: str, record_id: str) -> R | None:
+        """Give the record at a path; one that says it is another's is as good as damaged.
+
+        Raises:
+            Corrupt: it cannot be read, or is another object's.
+        """
+        found = self._find(kind, path)
+        if found and found.id != record_id:
+            raise Corrupt(f"{path} holds the record of {found.id}")
+        return found
+
     def find_volume(self, volume_id: str) -> VolumeRecord | None:
         """Give a volume's record, None when there is none.
 
         Raises:
             Corrupt: it cannot be read.
         """
-        return self._find(VolumeRecord, self._record_path("volumes", volume_id))
+        return self._find_own(VolumeRecord, self._record_path("volumes", volume_id), volume_id)
 
     def find_snapshot(self, snapshot_id: str, *, of: str = "") -> SnapshotRecord | None:
         """Give a snapshot's record, None when there is none, or with `of` when it surely is none of that volume's."""
@@ -225,11 +241,14 @@ class Store:
         data = files.read(path)
         if data is None or of.encode() not in data:
             return None
-        return records.decode(SnapshotRecord, data, where=path)
+        found = records.decode(SnapshotRecord, data, where=path)
+        if found.id != snapshot_id:
+            raise Corrupt(f"{path} holds the record of {found.id}")
+        return found
 
     def find_image(self, image_id: str) -> ImageRecord | None:
         """Give a golden image's record, None when there is none."""
-        return self._find(ImageRecord, self._record_path("images", image_id))
+        return self._find_own(ImageRecord, self._record_path("images", image_id), image_id)
 
     def find_job(self, job_id: str) -> JobRecord | None:
         """Give the record of a job, None when there is none."""
@@ -237,7 +256,7 @@ class Store:
 
     def find_layer(self, layer_id: str) -> LayerRecord | None:
         """Give a layer's record, None when there is none."""
-        return self._find(LayerRecord, self._record_path("layers", layer_id))
+        return self._find_own(LayerRecord, self._record_path("layers", layer_id), layer_id)
 
     def find_lease(self) -> LeaseRecord | None:
         """Give the record that says who may merge layers, None in a pool where nobody ever did."""
@@ -301,18 +320,12 @@ class Store:
         """Give the ids of all layers that have a record, in ascending order."""
         return self._ids("layers", "")
 
-    def node_ids(self) -> list[str]:
-        """Give the ids of all nodes that ever had this pool, sorted; damaged records raise Corrupt."""
-        directory = f"{self.root}/nodes"
-        found = (self._find(NodeRecord, f"{directory}/{name}") for name in files.names(directory) if is_record(name))
-        return sorted(node.id for node in found if node)
-
     def unreadable_aside(self) -> Iterator[str]:
         """Say of each damaged record of a node, and of the lease, what is wrong: its path, and the rest."""
         directory = f"{self.root}/nodes"
         paths: list[tuple[str, type]] = [(f"{directory}/{name}", NodeRecord) for name in files.names(directory)]
         for path, kind in [*paths, (self._lease_path, LeaseRecord)]:
-            if is_record(path):
+            if is_record(os.path.basename(path)):
                 try:
                     self._find(kind, path)
                 except Corrupt as error:
@@ -323,7 +336,7 @@ class Store:
         first = records.shard_of(after) if after else layout.SHARDS[0]
         for shard in layout.SHARDS:
             if shard >= first:
-                for name in files.names(f"{self.root}/{folder}/{shard}"):
+                for name in files.names_in(f"{self.root}/{folder}/{shard}"):
                     if is_record(name) and (record_id := name.removesuffix(".json")) > after:
                         yield record_id
 
@@ -433,11 +446,8 @@ class Store:
         if records.is_layer_id(record_id):
             self._steps.sync(os.path.dirname(self.layer_record_path(record_id)))
         elif parsed := records.parse_id(record_id):
-            directories = [os.path.dirname(self._record_path(layout.FOLDERS[parsed.kind], record_id))]
-            if os.path.lexists(f"{self.root}/trash"):
-                directories.append(f"{self.root}/trash")
-            for directory in directories:
-                self._steps.sync(directory)
+            self._steps.sync(os.path.dirname(self._record_path(layout.FOLDERS[parsed.kind], record_id)))
+            self._steps.sync(f"{self.root}/trash")
 
     @contextmanager
     def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
@@ -599,7 +609,7 @@ class Store:
 
     def trash_ids(self) -> Iterator[str]:
         """Give the ids of everything in the trash, in ascending order."""
-        names = files.names(f"{self.root}/trash")
+        names = files.names_in(f"{self.root}/trash")
         yield from (name.removesuffix(".json") for name in names if is_record(name) and _TRASH.fullmatch(name))
 
     def find_trashed(self, entry_id: str) -> Deletable | None:
@@ -662,6 +672,7 @@ class Store:
             Busy: another operation has finished this or given it up.
         """
         folder = "volumes" if isinstance(entry, VolumeRecord) else "snapshots"
+        self._find(type(entry), self._restore_path(entry, restored.uid))  # what cannot be read is not published
         try:
             self._steps.link(self._restore_path(entry, restored.uid), self._record_path(folder, restored.id))
         except FileExistsError as error:
@@ -678,7 +689,7 @@ class Store:
 
     def trash_strays(self) -> list[str]:
         """Give the names of the files in the trash that are not its entries' own."""
-        names = files.names(f"{self.root}/trash")
+        names = files.names_in(f"{self.root}/trash")
         return [name for name in names if _TRASH.fullmatch(name) and not is_record(name)]
 
     # --- damage ------------------------------------------------------------------------------------------------
@@ -1003,7 +1014,7 @@ class Store:
     def listings(self, folder: str) -> Iterator[tuple[str, list[str]]]:
         """Give each shard of `folder` with the names of all that is in it: records, and what `is_record` is not."""
         for shard in layout.SHARDS:
-            yield shard, files.names(f"{self.root}/{folder}/{shard}")
+            yield shard, files.names_in(f"{self.root}/{folder}/{shard}")
 
     def foreign_files(self) -> list[str]:
         """Name what lies outside of the shards and is not of this format; nothing of it is ever touched."""
@@ -1047,7 +1058,7 @@ class Store:
     # --- jobs --------------------------------------------------------------------------------------------------
 
     def _job_names(self) -> list[str]:
-        return [name for name in files.names(f"{self.root}/jobs") if _JOB.fullmatch(name)]
+        return [name for name in files.names_in(f"{self.root}/jobs") if _JOB.fullmatch(name)]
 
     def job_claims(self) -> list[str]:
         """Give the names of the claims in the folder of jobs."""
@@ -1121,7 +1132,7 @@ class Store:
         Raises:
             Refused: the mount does not do what format 1 needs; the message says which operation.
         """
-        directory = f"{self.root}/tmp/{self.token}.doctor"
+        directory = f"{self.root}/tmp/{self.token}.{uuid.uuid4().hex[:12]}"
         first = self._steps.write_temporary(lambda fd: write_whole(fd, b"1"))
         second = self._steps.write_temporary(lambda fd: write_whole(fd, b"2"))
         try:
@@ -1156,9 +1167,7 @@ class Store:
             Corrupt: the file is missing.
         """
         with self._opened_image(layer, os.O_RDWR) as fd:
-            if os.fstat(fd).st_size < size_bytes:
-                os.ftruncate(fd, size_bytes)
-                os.fsync(fd)
+            self._steps.grow(fd, self.image_path(layer), size_bytes)
 
     def settle_claim(self, folder: str, shard: str, name: str) -> bool:
         """Look at a claim that was found lying about: finish or drop it once it is old enough to be a dead one's.
@@ -1173,6 +1182,11 @@ class Store:
         self._steps.unlink(f"{self.root}/{folder}/{shard}/{name}")
 
 
+def is_claim(name: str) -> bool:
+    """Say whether a file beside a record is a claim on one, by its name."""
+    return _CLAIM.fullmatch(name) is not None
+
+
 def is_record(name: str) -> bool:
-    """Say whether a file in a shard is a record's own, by its name."""
-    return name.endswith(".json")
+    """Say whether a file is a record's own, by its name; a copy that somebody has made of one is not."""
+    return _RECORD.fullmatch(name) is not None

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import grpc
 from csi_quobyte.engine.collector import Collector
 from csi_quobyte.engine.copying import Copies
 from csi_quobyte.engine.layers import ready_volume
-from csi_quobyte.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Refused
+from csi_quobyte.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Refused, Unavailable
 from csi_quobyte.operations import capacity, snapshots, volumes
 from csi_quobyte.operations.capacity import Provisioned
 from csi_quobyte.pb import csi_pb2 as csi
@@ -88,8 +89,11 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
     def _check_other_pools(self, pool: Pool, find: Callable[[Store], object]) -> None:
         """Check that no other pool holds an object of the same name; a pool that does not answer is left out."""
         for other in self._pools.all:
-            if other is not pool and other.health(wait_s=1.0).ok and other.run(find) is not None:
-                raise AlreadyExists(f"an object of this name exists in pool {other.name}")
+            if other is pool or not other.health(wait_s=1.0).ok:
+                continue
+            with suppress(Unavailable):  # it has begun to hang since
+                if other.run(find) is not None:
+                    raise AlreadyExists(f"an object of this name exists in pool {other.name}")
 
     def DeleteVolume(self, request: csi.DeleteVolumeRequest, context: grpc.ServicerContext) -> csi.DeleteVolumeResponse:
         volume_id = convert.required(request.volume_id, "the volume id")

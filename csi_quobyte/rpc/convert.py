@@ -272,8 +272,7 @@ def page_token(text: str) -> tuple[int, str]:
     """Read a starting token: the number of the pool and the last id of the page before.
 
     Raises:
-        Busy is not used here: an invalid token is ABORTED by the specification, which the caller sees to.
-        ValueError: it is none of ours.
+        ValueError: it is none of ours; the specification wants ABORTED then, which the caller sees to.
     """
     if not text:
         return 0, ""

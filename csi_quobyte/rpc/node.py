@@ -199,8 +199,12 @@ class Attachments:
 
     def standing(self, volume_id: str) -> Standing:
         """Look at the record of a volume, as long as the time limit of its pool allows."""
-        if not self._node.is_staged(volume_id):
-            return Standing.OURS
+        try:
+            if not self._node.is_staged(volume_id):
+                return Standing.OURS
+        except Unavailable as error:
+            log.warning("whether volume %s is staged here cannot be said: %s", volume_id, error)
+            return Standing.UNKNOWN
         try:
             pool = self._pools.find_owner(volume_id)
         except Unavailable:
@@ -219,7 +223,11 @@ class Attachments:
         except DriverError as error:
             log.warning("the record of volume %s cannot be read: %s", volume_id, error)
             return Standing.UNREACHABLE if self._is_gone(pool) else Standing.UNKNOWN
-        return Standing.TAKEN if self._node.is_stale(volume_id, record) else Standing.OURS
+        try:
+            return Standing.TAKEN if self._node.is_stale(volume_id, record) else Standing.OURS
+        except Unavailable as error:
+            log.warning("for which attachment volume %s is staged here cannot be said: %s", volume_id, error)
+            return Standing.UNKNOWN
 
     def say_closed(self, volume_id: str) -> None:
         """Write down in the pool that this node has closed a volume, so that it can be frozen once it is detached.

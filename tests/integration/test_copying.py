@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+import controller_kit
 import pytest
-from controller_kit import SIZE_BYTES, Elsewhere, Kit, qemu_io, read_disk, tools, tree, write_disk
+from controller_kit import QEMU_DIR, SIZE_BYTES, Elsewhere, Kit, qemu_io, read_disk, tools, tree, write_disk
+from gates import DiedError, Gate, dies_before
 
 from csi_quobyte.config import PoolSpec
 from csi_quobyte.engine import collector, copying
@@ -21,6 +24,7 @@ from csi_quobyte.engine import collector as collector_module
 from csi_quobyte.engine.collector import Collector
 from csi_quobyte.engine.copying import Copier
 from csi_quobyte.errors import AlreadyExists, Busy, Exhausted, Refused, Unavailable
+from csi_quobyte.host.qemu import QemuTools
 from csi_quobyte.pool.pools import Pools
 from csi_quobyte.pool.records import LayerState, VolumeState
 from csi_quobyte.pool.sizes import MIB, SizeRange
@@ -619,3 +623,132 @@ def test_request_of_the_same_name_is_not_told_of_anothers_failure(kit: Kit) -> N
     copier._remember(failed, Exhausted("full"))
     kit.create("n", size=SizeRange(SIZE_BYTES))
     assert copier.failure(failed.id) is None
+
+
+# --- what qemu-img says, and what a client still shows ---------------------------------------------------------
+
+
+def other_convert(directory: Path, instead: str) -> QemuTools:
+    """Tools whose `qemu-img convert` is this line of shell, in which "$@" is the right command."""
+    script = directory / "qemu-img"
+    script.write_text(
+        f'#!/bin/sh\nright={QEMU_DIR}/qemu-img\n[ "$1" = convert ] || exec "$right" "$@"\n'
+        f'set -- "$right" "$@"\n{instead}\n'
+    )
+    script.chmod(0o755)
+    return replace(tools(), qemu_img=str(script))
+
+
+@pytest.mark.parametrize("mode", ["copy", "cache"])
+def test_copy_whose_last_metadata_was_lost_is_not_acknowledged(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """QEMU ends with status 0 when the L2 tables that it writes at the very end cannot be written; it only says so."""
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    words = "qemu-img: Failed to flush the L2 table cache: Input/output error"
+    bad = other_convert(tmp_path, f'"$@" && echo "{words}" >&2')
+    monkeypatch.setattr(controller_kit, "tools", lambda: bad)
+    with pytest.raises(Unavailable, match="L2 table"):
+        kit.create("n", source=kit.from_snapshot("s"), clone_mode=mode)
+    warned = other_convert(tmp_path, '"$@" && echo "qemu-img: warning: of no importance" >&2')
+    monkeypatch.setattr(controller_kit, "tools", lambda: warned)
+    kit.create("n", source=kit.from_snapshot("s"), clone_mode=mode)
+    assert kit.holds("n", 1)
+
+
+@pytest.mark.parametrize("words", ["No space left on device", "Disk quota exceeded"])
+def test_copy_that_meets_a_quota_is_given_up_for_good(kit: Kit, tmp_path: Path, words: str) -> None:
+    """statvfs(2) shows space all the time."""
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v")
+    kit.sweep_until_quiet()
+    before = tree(kit.store.root)
+    full = other_convert(tmp_path, f'echo "qemu-img: error while writing at byte 0: {words}" >&2; exit 1')
+    copier = kit.copies = Copier(full, "main", first_wait_s=10)  # type: ignore[assignment]
+    with pytest.raises(Exhausted):
+        copy_of_s(kit)()
+    copier.stop(10)
+    assert tree(kit.store.root) == before
+
+
+def test_copy_that_is_shown_a_record_of_a_second_ago_is_not_given_up(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge below the source was committed on another host; the source was deleted, which it may be."""
+    kit.create("v")
+    for number, name in enumerate(("keep", "middle", "s"), start=1):
+        kit.write("v", number, block=number - 1)
+        kit.snapshot(name, of="v")
+    kit.delete_snapshot("middle")
+    upper = kit.store.snapshot(kit.snapshot_id("s")).layer
+    old = kit.store.layer(upper)
+    assert Kit(Store(kit.store.root)).merge_all()
+    until, right = time.monotonic() + 1.0, kit.store.find_layer
+    monkeypatch.setattr(
+        kit.store, "find_layer", lambda one: old if one == upper and time.monotonic() < until else right(one)
+    )
+    copier = kit.copies = Copier(tools(), "main", first_wait_s=0.01)  # type: ignore[assignment]
+    with pytest.raises(Busy):
+        copy_of_s(kit)()
+    for snapshot in ("s", "keep"):
+        kit.delete_snapshot(snapshot)
+    kit.delete("v")
+    until_ready(kit, copy_of_s(kit))
+    copier.stop(10)
+    assert kit.holds("n", 1, 2, 3)
+
+
+def test_call_is_not_answered_with_an_earlier_volume_of_the_name(kit: Kit) -> None:
+    """The job of the old one is in its last step while another controller has deleted it and begun a new one."""
+    kit.create("v", size=SizeRange(64 * MIB))
+    fill(kit, "v", 7)
+    kit.snapshot("s", of="v")
+    gate = Gate("unlink", ".refs/c-")
+    one, two = Kit(Store(kit.store.root, observer=gate)), Kit(Store(kit.store.root))
+    first = one.copies = Copier(tools(), "main", first_wait_s=0.01)  # type: ignore[assignment]
+    second = two.copies = Copier(tools(), "main", first_wait_s=0.01, speed_bytes_per_s=SLOW_BYTES_PER_S)  # type: ignore[assignment]
+    try:
+        with pytest.raises(Busy):
+            copy_of_s(one)()
+        eventually(gate.reached.is_set)
+        two.delete("n")
+        with pytest.raises(Busy):
+            copy_of_s(two)()
+        with pytest.raises(Busy, match="earlier copy"):
+            copy_of_s(one)()
+    finally:
+        gate.open()
+        for copier in (first, second):
+            copier.stop(10)
+
+
+def test_failure_of_a_cache_is_not_told_of_a_snapshot_that_is_there_again(slow: Kit) -> None:
+    slow.snapshot("s2", of="v", on_delete="trash", trash_retention_s=3600)
+    for name in ("n", "n2"):  # both threads are busy
+        with pytest.raises(Busy):
+            copy_of_s(slow, name)()
+    cached: dict[str, object] = {"source": slow.from_snapshot("s2"), "clone_mode": "cache"}
+    with pytest.raises(Busy):
+        slow.create("m", **cached)
+    slow.delete_snapshot("s2")
+    for name in ("n", "n2"):
+        slow.delete(name)
+    eventually(lambda: not slow.copies._jobs)  # type: ignore[attr-defined]
+    slow.restore(slow.trashed("s2"))
+    with suppress(Busy):
+        slow.create("m", **cached)
+
+
+def test_intent_on_a_cache_whose_snapshot_was_restored_meanwhile_is_begun_anew(kit: Kit) -> None:
+    kit.create("v")
+    kit.write("v", 1)
+    kit.snapshot("s", of="v", on_delete="trash", trash_retention_s=3600)
+    on_cache_of_s(kit, "first")()
+    with pytest.raises(DiedError):
+        on_cache_of_s(Kit(Store(kit.store.root, observer=dies_before("touch", "/c-"))))()
+    assert kit.store.volume(kit.volume_id("n")).state is VolumeState.CREATING
+    kit.delete_snapshot("s")
+    kit.restore(kit.trashed("s"))
+    until_ready(kit, on_cache_of_s(kit))
+    assert kit.holds("n", 1)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from controller_kit import QEMU_DIR, SIZE_BYTES, Elsewhere, Kit, qemu_io, tools, tree, write_disk
@@ -21,8 +22,8 @@ from merging_kit import begin, two_layers
 from running import qemu_img
 from test_crash_steps import EVERY, SEED, Runner
 
-from csi_quobyte.engine import collector
-from csi_quobyte.errors import AlreadyExists, Busy, DriverError, Exhausted, NotFound, Refused
+from csi_quobyte.engine import collector, hold
+from csi_quobyte.errors import AlreadyExists, Busy, DriverError, Exhausted, NotFound, Refused, Unavailable
 from csi_quobyte.host import jobs
 from csi_quobyte.host import qemu_img as product
 from csi_quobyte.host.qemu import ImageFormat, ImageLayer
@@ -361,6 +362,31 @@ def test_hold_that_was_lost_is_noticed_before_the_file_has_its_name(written: Kit
     with pytest.raises(jobs.Stopped):
         export(written, out / "file", watch=Once(lose))
     assert os.listdir(out) == []
+
+
+def test_renewal_that_was_made_and_failed_does_not_end_the_hold(written: Kit) -> None:
+    """The record was renamed, the fsync behind that failed once, as by a lost connection."""
+    right = written.store.swap
+    failed: list[Any] = []
+
+    def swap(old: Any, new: Any) -> Any:
+        made = right(old, new)
+        if not failed:
+            failed.append(made)
+            raise Unavailable("lost for a moment")
+        return made
+
+    written.store.swap = swap  # type: ignore[method-assign]
+    with hold.holding(written.store, "export") as held:
+        with pytest.raises(jobs.Stopped):
+            held.confirm()
+        held.confirm()
+        right(held.job, held.job)  # somebody ends it
+        with pytest.raises(jobs.Stopped):
+            held.confirm()
+        with pytest.raises(jobs.Stopped):
+            held.confirm()
+    assert failed
 
 
 def test_two_exports_of_one_volume_at_once(written: Kit, out: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from controller_kit import QEMU_DIR, Elsewhere, Kit, qemu_io, tools, tree
@@ -553,3 +554,65 @@ def test_interrupted_import_leaves_nothing(kit: Kit, number: signal.Signals) -> 
         kit.sweep_until_quiet()
     assert tree(kit.store.root) == before
     assert kit.check() == []
+
+
+# --- files that are not whole, or not still --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "vdi", "vpc", "vhdx"])
+@pytest.mark.parametrize("missing", ["half", "the end"])
+def test_file_that_is_cut_off_is_refused(kit: Kit, tmp_path: Path, image_format: str, missing: str) -> None:
+    """Of qcow2 and vdi, QEMU reads what is beyond the end as zeros."""
+    path, before = tmp_path / "file", tree(kit.store.root)
+    options = ["-o", "force_size=on"] if image_format == "vpc" else []
+    qemu("create", "-q", "-f", image_format, *options, path, "64M")
+    disk = f'json:{{"driver": "{image_format}", "file": {{"driver": "file", "filename": "{path}"}}}}'
+    qemu_io(disk, f"write -P 5 0 {16 * MIB}", read_only=False)
+    length = path.stat().st_size
+    os.truncate(path, length // 2 if missing == "half" else length - 3 * CLUSTER_BYTES)
+    with pytest.raises(Refused):
+        import_file(kit, path, image_format)
+    assert tree(kit.store.root) == before
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(bytes([9]) * MIB)
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-CLUSTER_BYTES, os.SEEK_END)
+        file.write(bytes([9]) * CLUSTER_BYTES)
+
+
+def exchange(path: Path) -> None:
+    """By an image whose data are in another file of the host."""
+    secret, evil = path.with_name("secret"), path.with_name("evil")
+    secret.write_bytes(b"\x42" * (10 * MIB))
+    qemu("create", "-q", "-f", "qcow2", "-o", f"data_file={evil}.data,data_file_raw=on", evil, "10M")
+    Path(f"{evil}.data").unlink()
+    Path(f"{evil}.data").symlink_to(secret)
+    evil.rename(path)
+
+
+@pytest.mark.parametrize("change", [grow, shrink, rewrite, exchange])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_file_that_changes_after_it_was_judged_is_refused(
+    kit: Kit, tmp_path: Path, image_format: str, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before = source(tmp_path / "file", image_format, size="10M"), tree(kit.store.root)
+    right = jobs.copy_foreign
+
+    def late(*arguments: Any, **named: Any) -> None:
+        change(path)
+        right(*arguments, **named)
+
+    monkeypatch.setattr(jobs, "copy_foreign", late)
+    with pytest.raises((Refused, Unavailable)):
+        import_file(kit, path, image_format)
+    assert tree(kit.store.root) == before

@@ -57,3 +57,41 @@ def test_a_command_starts_while_an_open_file_hangs(tmp_path: Path, how: str) -> 
             program.stdout.close()
     finally:
         standin.unmount()
+
+
+_CROWD = """
+import sys, threading, time
+from csi_quobyte.errors import Unavailable
+from csi_quobyte.host import command
+command.isolate()
+command._TURN_S = 0.5
+sleepers = [
+    threading.Thread(target=command.run, args=(["sleep", "4"],), kwargs={"timeout_s": 20})
+    for _ in range(command._ISOLATED_THREADS)
+]
+for sleeper in sleepers:
+    sleeper.start()
+time.sleep(1)
+started = time.monotonic()
+for _ in range(2):
+    for begin in (lambda: command.run(["echo", "early"], timeout_s=5), lambda: command._isolated_start([1], print)):
+        try:
+            begin()
+        except Unavailable as error:
+            print("commands are running already" in str(error), flush=True)
+print(time.monotonic() - started < 2.9, flush=True)
+for sleeper in sleepers:
+    sleeper.join()
+print(command._isolated_start([1], lambda fds: len(fds)), command.run(["echo", "late"], timeout_s=5).stdout.strip())
+"""
+
+
+def test_a_command_that_gets_no_thread_is_given_up_and_leaves_nothing() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", _CROWD],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert said.stdout.split() == ["True"] * 5 + ["1", "late"], said.stderr

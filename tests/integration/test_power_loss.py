@@ -5,7 +5,7 @@ the unsynced rest (tests/integration/power_cut.py). After each: a new controller
 been acknowledged is there with its contents; `check` finds nothing once the collector is quiet; a retry completes the
 operation; and when everything is deleted the pool is as new.
 
-By default a sample by a seed; `make crash` does all cuts (CSI_QUOBYTE_POWER_CUTS=0).
+By default a sample by a seed; `make power-loss` does all cuts (CSI_QUOBYTE_POWER_CUTS=0).
 """
 
 import os

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from test_collector import add_garbage, record_of, tear
 from test_crash_merges import EVERY, SEED
 from test_crash_steps import Runner
 
-from csi_quobyte.engine import index
+from csi_quobyte.engine import index, layers, merging
 from csi_quobyte.engine import repair as repairing
 from csi_quobyte.engine.lease import _RENEW_S, LEASE_S, Lease
 from csi_quobyte.engine.repair import Outcome
-from csi_quobyte.errors import Busy, Corrupt
+from csi_quobyte.errors import Busy, Corrupt, Unavailable
 from csi_quobyte.host import qemu_img
 from csi_quobyte.pool import records
 from csi_quobyte.pool import store as store_module
@@ -382,6 +383,33 @@ def test_torn_content_note_is_never_removed(kit: Kit) -> None:
     (action,) = repair(kit).actions
     assert (action.kind, action.id, action.action) == ("unreadable-record", volume.id, "none")
     assert note.read_bytes() == b"{"
+
+
+def test_torn_closed_note_is_found_blocks_nothing_and_is_removed(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit.create("v")
+    kit.attach("v")
+    kit.detach("v")
+    volume = kit.store.volume(kit.volume_id("v"))
+    kit.store.note_closed(volume, volume.attach_generation)
+    monkeypatch.setattr(layers, "FENCE_S", 30.0)
+    monkeypatch.setattr(merging, "GRACE_S", 60.0)
+    (note,) = Path(kit.store.root).glob("volumes/*/*.closed-*")
+    note.write_bytes(b"{")
+    kit.write("v", 1)
+    with pytest.raises(Unavailable, match="a moment ago"):
+        kit.snapshot("early", of="v")
+    (finding,) = kit.check()
+    assert (finding.kind, finding.id, finding.path) == ("unreadable-record", volume.id, str(note))
+    (action,) = repair(kit).actions
+    assert (action.action, action.done) == ("none", False), "a node that was lost may still write"
+    assert note.exists()
+    later = records.now() + timedelta(minutes=2)
+    for module in (layers, merging):
+        monkeypatch.setattr(module, "now", lambda: later)
+    kit.snapshot("s", of="v")
+    (action,) = repair(kit).actions
+    assert (action.action, action.done) == ("remove-note", True)
+    assert kit.check() == []
 
 
 def test_what_is_in_the_trash_is_repaired_and_can_be_restored(kit: Kit) -> None:
