@@ -771,10 +771,11 @@ class Node:
                 raise Unavailable(f"{device.path}: cannot be flushed: {released.flush_error}")
 
     def _count_staged(self) -> None:
-        devices = {device.tag for device in loop.scan(f"{TAG_PREFIX}:")}
+        ours = {loop.tag_of(TAG_PREFIX, key) for key in self._notes.keys()}  # noqa: SIM118 - not a dict
+        staged = ours & {device.tag for device in loop.scan(f"{TAG_PREFIX}:")}
         with_daemon = {loop.tag_of(TAG_PREFIX, key) for key in self._daemons.keys()}  # noqa: SIM118
-        telemetry.STAGED_VOLUMES.labels("fuse").set(len(devices & with_daemon))
-        telemetry.STAGED_VOLUMES.labels("loop").set(len(devices - with_daemon))
+        telemetry.STAGED_VOLUMES.labels("fuse").set(len(staged & with_daemon))
+        telemetry.STAGED_VOLUMES.labels("loop").set(len(staged - with_daemon))
 
 
 # --- pieces without state --------------------------------------------------------------------------------------

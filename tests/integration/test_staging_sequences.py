@@ -16,6 +16,7 @@ from running import MIB, read_tree, write_tree
 from test_interleavings import BLOCK, SIZE, Hosts, hosts
 from test_node_faults import LOOP, QUIET, STALE, attach, attachments_of, create, image_of, overtake, sum_of
 
+from csi_quobyte import telemetry
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, DriverError, Refused, Unavailable
 from csi_quobyte.host import command, filesystem, mounts, qsd
 from csi_quobyte.rpc.node import Fence
@@ -346,3 +347,17 @@ def test_unpublish_takes_away_what_is_this_volume_s_only(hosts: Hosts) -> None:
     a.node.unstage(block.id, str(a.base / "another"))
     a.unstage(mounted)
     assert hosts.machine.leftovers() == []
+
+
+@both_paths
+def test_staged_volumes_are_counted_by_their_data_path(hosts: Hosts, path: str) -> None:
+    a = hosts.a
+    volume = create(a, "ext4", **on(path), **QUIET)
+
+    def counted() -> dict[str, float]:
+        return {one: telemetry.STAGED_VOLUMES.labels(one)._value.get() for one in ("fuse", "loop")}
+
+    a.stage(volume, attach(a, volume))
+    assert counted() == ({"fuse": 0, "loop": 1} if path == "loop" else {"fuse": 1, "loop": 0})
+    a.unstage(volume)
+    assert counted() == {"fuse": 0, "loop": 0}
