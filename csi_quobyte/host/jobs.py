@@ -181,14 +181,14 @@ def copy_foreign(
     vigil = _Vigil(watch, stall_timeout_s)
     vigil.tick()
     shown_bytes = qemu_img.foreign_size_bytes(tools, source_path, source_format)
-    try:
-        _convert([tools.qemu_img, "convert", *options, source, target_path], shown_bytes, vigil)
-    except _Stalled:
-        raise
-    except Unavailable as error:
-        _raise_if_full(target_path, error)
-        raise
-    qemu_img.sync(target_path)
+    with _durable(target_path):
+        try:
+            _convert([tools.qemu_img, "convert", *options, source, target_path], shown_bytes, vigil)
+        except _Stalled:
+            raise
+        except Unavailable as error:
+            _raise_if_full(target_path, error)
+            raise
 
 
 def copy_chain(
@@ -232,16 +232,16 @@ def copy_chain(
     with nullcontext() if target_is_made else _new_file(target_path):
         if not target_is_made:
             _make_image(tools, target_path, target_format, size_bytes)
-        try:
-            argv = [tools.qemu_img, "convert", *options, source, target_path]
-            _convert(argv, shown_bytes, vigil, flushes_long=not bypass_cache)
-        except _Stalled:
-            raise
-        except Unavailable as error:
-            _raise_if_locked(chain, alone=(), error=error)
-            _raise_if_full(target_path, error)
-            raise
-        qemu_img.sync(target_path)
+        with _durable(target_path):
+            try:
+                argv = [tools.qemu_img, "convert", *options, source, target_path]
+                _convert(argv, shown_bytes, vigil, flushes_long=not bypass_cache)
+            except _Stalled:
+                raise
+            except Unavailable as error:
+                _raise_if_locked(chain, alone=(), error=error)
+                _raise_if_full(target_path, error)
+                raise
 
 
 @dataclass(frozen=True)
@@ -420,6 +420,30 @@ def _has_complained(stderr: str) -> bool:
     failure there it only prints "Failed to flush the L2 table cache".
     """
     return any(line.strip() and "warning:" not in line for line in stderr.splitlines())
+
+
+@contextmanager
+def _durable(path: str) -> Iterator[None]:
+    """Make durable at the end what others write to a file inside the block, by a descriptor that was there before them.
+
+    The kernel tells of an error of writing back to each descriptor that was open then, once; one that is opened later
+    may hear nothing if somebody was told, and QEMU does not pass on the last such error.
+
+    Raises:
+        Unavailable: it may not be durable.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be opened: {error}") from error
+    try:
+        yield
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            raise Unavailable(f"{path} cannot be made durable: {error}") from error
+    finally:
+        os.close(fd)
 
 
 @contextmanager

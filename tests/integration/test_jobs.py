@@ -7,6 +7,7 @@ or hangs, no space, another's lock) × how often it is run.
 Contents are compared with a plain model in Python. The strings in all images name files that do not exist.
 """
 
+import errno
 import json
 import os
 import random
@@ -894,3 +895,32 @@ def test_jobs_from_several_threads_of_an_isolated_process(
     assert done.stdout == "9\n", done.stderr
     for scene in made:
         scene.check_done("stream all")
+
+
+def test_copy_is_made_durable_by_a_descriptor_that_was_there_before_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only such a one is surely told of an error of writing back."""
+    target = scene.directory / "target"
+    seen: list[int] = []
+    right, fsync = jobs._convert, os.fsync
+
+    def opened() -> list[int]:
+        links = [entry for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        return [int(entry.name) for entry in links if os.path.realpath(entry) == str(target)]
+
+    def convert(*arguments: Any, **named: Any) -> None:
+        right(*arguments, **named)
+        seen.extend(opened())
+
+    def fails(fd: int) -> None:
+        if fd in seen:
+            raise OSError(errno.EIO, "told once")
+        fsync(fd)
+
+    monkeypatch.setattr(jobs, "_convert", convert)
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(Unavailable, match="told once"):
+        jobs.copy_chain(scene.tools, scene.layers, str(target), "raw", size_bytes=64 * MIB, watch=go_on)
+    assert len(seen) == 1
+    assert not target.exists()
