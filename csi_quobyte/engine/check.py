@@ -230,9 +230,13 @@ def needed(found: Index) -> Iterator[tuple[str, str, str]]:
             yield layer.parent, child_marker(layer.id), layer.id
 
 
-def unmarked_layers(found: Index) -> frozenset[str]:
-    """Give the layers that a finished record needs and whose marker of that is not there: damage."""
-    return frozenset(layer_id for layer_id, marker, _ in needed(found) if marker not in found.refs.get(layer_id, ()))
+def unmarked_layers(found: Index) -> dict[str, list[str]]:
+    """Give the layers that finished records need, with the markers of that which are not there: damage."""
+    unmarked: dict[str, list[str]] = {}
+    for layer_id, marker, _ in needed(found):
+        if marker not in found.refs.get(layer_id, ()):
+            unmarked.setdefault(layer_id, []).append(marker)
+    return unmarked
 
 
 def _references(store: Store, found: Index) -> Iterator[Finding]:

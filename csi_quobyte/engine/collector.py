@@ -26,7 +26,7 @@ from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.engine.removal import Release
-from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted
+from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted, NotFound
 from csi_quobyte.host.qemu import QemuTools
 from csi_quobyte.pool import images, records
 from csi_quobyte.pool.pace import Pace, no_pace
@@ -98,7 +98,7 @@ class Collector:
         self._others_copies: set[str] = set()
         self._resume_at = 0.0
         self._merger = Merger(pool, tools, self.release, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
-        self._unmarked: frozenset[str] = frozenset()
+        self._unmarked: dict[str, list[str]] = {}
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._said = ""
@@ -177,11 +177,7 @@ class Collector:
             if layer_id is None:
                 self._merger.take(self._sweep_until_quiet(store))
                 return True
-            if layer_id in self._unmarked:
-                return (
-                    True  # its markers are not all that needs it: only a look at everything may say that nothing does
-                )
-            dropped = layers.drop_upwards(store, layer_id, keep=self._unmarked)
+            dropped = self._drop_upwards(store, layer_id)
             telemetry.LAYERS_DROPPED.labels(self._pool.name).inc(dropped)
             if dropped or store.find_layer(layer_id) is None:
                 return True
@@ -204,6 +200,25 @@ class Collector:
             telemetry.COLLECTOR_FAILURES.labels(self._pool.name).inc()
             log.exception("collector of pool %s", self._pool.name)
         return False
+
+    def _drop_upwards(self, store: Store, layer_id: str | None) -> int:
+        """Drop a layer and then each parent that nothing refers to any more, as far as markers can be believed."""
+        dropped = 0
+        while layer_id and not self._is_needed_unmarked(store, layer_id):
+            try:
+                layer_id = layers.drop(store, layer_id)
+            except (Busy, NotFound):
+                break
+            dropped += 1
+        return dropped
+
+    def _is_needed_unmarked(self, store: Store, layer_id: str) -> bool:
+        """Say whether a record needs a layer whose marker of that was missing at the last look at everything.
+
+        Then only the next such look may say that nothing needs the layer.
+        """
+        missing = set(self._unmarked.get(layer_id, ())) - set(store.markers(layer_id) or ())
+        return any(index_module.is_needed_now(store, layer_id, one) for one in map(parse_marker, missing) if one)
 
     def _sweep_until_quiet(self, store: Store) -> Work:
         """Look again after a pass that did something: what it removed may have been the last owner of more.
@@ -474,7 +489,7 @@ def _drop_unreferenced(store: Store, found: Index, report: Report, pace: Callabl
     candidates = [
         layer
         for layer in candidates
-        if layer.state is LayerState.RETIRED or (below is not None and layer.id not in below and not layer.merge)
+        if layer.state is LayerState.RETIRED or (below is not None and layer.id not in below)
     ]
     if now.unreadable.keys() - found.unreadable.keys():
         report.left += 1  # what cannot be read at this moment may name them

@@ -157,10 +157,10 @@ def remove_before_condemning() -> None:
     """A layer's image is removed before it is decided that nothing refers to it."""
     right = layers.drop
 
-    def drop(store: Store, layer_id: str) -> str | None:
+    def drop(store: Store, layer_id: str, **named: bool) -> str | None:
         if layer := store.find_layer(layer_id):
             store.remove_image(layer_id, layer.file)
-        return right(store, layer_id)
+        return right(store, layer_id, **named)
 
     layers.drop = drop
 

@@ -502,7 +502,7 @@ def test_base_of_a_merge_is_not_dropped_before_the_commit_is_durable(played: Pla
         played.dies(lambda died: died.merge(plan), "rename", f"{plan.child}.json")
         while collector.sweep(kit.store):
             pass
-        assert kit.store.markers(plan.layer) == []
+        assert kit.store.find_layer(plan.layer) is None
 
     after = played.after(story)
     assert after.errors() == []
