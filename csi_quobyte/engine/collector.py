@@ -217,7 +217,10 @@ class Collector:
 
         Then only the next such look may say that nothing needs the layer.
         """
-        missing = set(self._unmarked.get(layer_id, ())) - set(store.markers(layer_id) or ())
+        missing = set(self._unmarked.get(layer_id, ()))
+        if not missing:
+            return False
+        missing -= set(store.markers(layer_id) or ())
         return any(index_module.is_needed_now(store, layer_id, one) for one in map(parse_marker, missing) if one)
 
     def _sweep_until_quiet(self, store: Store) -> Work:

@@ -196,7 +196,7 @@ def _judged_size_bytes(tools: QemuTools, path: str, image_format: ForeignFormat)
 
 def _check_vdi_length(path: str) -> None:
     """Check that the blocks that a vdi image counts are there: QEMU reads what is beyond the end as zeros."""
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+    with _opened(path) as file:
         header = file.read(512)
         data_at = int.from_bytes(header[344:348], "little")
         block_bytes = int.from_bytes(header[376:380], "little")
