@@ -67,23 +67,30 @@ def test_note_survives_a_record_that_is_unreadable_at_the_second_look(
     assert path.exists()
 
 
-def test_note_survives_one_cut_off_read_in_a_sweep(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No repair: one sweep of a living controller that finishes anything at all and meets one cut-off read then."""
-    two_disks(kit)
-    path = note(kit, "v")
-    half = kit.create("half")
-    kit.store.swap(half, replace(half, state=VolumeState.DELETING))
+def at_look(number: int, kit: Kit, monkeypatch: pytest.MonkeyPatch, shown: Corrupt | None) -> None:
+    """Let one look at the record of v, the `number`-th from now on, end so."""
     real = Store.find_volume
     asked: list[str] = []
 
     def find(self: Store, volume_id: str) -> Any:
         if volume_id == kit.volume_id("v"):
             asked.append(volume_id)
-            if len(asked) == 2:
-                raise Corrupt("a client's old length of the file")
+            if len(asked) == number:
+                if shown:
+                    raise shown
+                return None
         return real(self, volume_id)
 
     monkeypatch.setattr(Store, "find_volume", find)
+
+
+def test_note_survives_one_cut_off_read_in_a_sweep(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No repair: one sweep of a living controller that finishes anything at all and meets one cut-off read then."""
+    two_disks(kit)
+    path = note(kit, "v")
+    half = kit.create("half")
+    kit.store.swap(half, replace(half, state=VolumeState.DELETING))
+    at_look(2, kit, monkeypatch, Corrupt("a client's old length of the file"))
     collector.sweep(kit.store)
     assert path.exists()
 
@@ -92,17 +99,7 @@ def test_note_survives_one_look_that_finds_no_record(kit: Kit, monkeypatch: pyte
     """ENOENT beside a rename; docs/decisions/0028 says how often that is seen."""
     two_disks(kit)
     path = note(kit, "v")
-    real = Store.find_volume
-    asked: list[str] = []
-
-    def find(self: Store, volume_id: str) -> Any:
-        if volume_id == kit.volume_id("v"):
-            asked.append(volume_id)
-            if len(asked) == 1:
-                return None
-        return real(self, volume_id)
-
-    monkeypatch.setattr(Store, "find_volume", find)
+    at_look(1, kit, monkeypatch, None)
     collector.sweep(kit.store)
     assert kit.holds("v", 1, 2)
     assert path.exists()

@@ -37,6 +37,7 @@ from test_power_loss import (
 )
 
 from csi_quobyte.engine import collector, copying, hold, layers
+from csi_quobyte.engine.merging import Plan
 from csi_quobyte.errors import Busy, DriverError, Exhausted, NotFound, Unavailable
 from csi_quobyte.operations import snapshots
 from csi_quobyte.operations.snapshots import SnapshotRequest
@@ -467,8 +468,8 @@ def test_delete_that_another_host_has_done_is_durable_when_it_is_answered(played
     assert list(played.after(story).store.volume_ids()) == []
 
 
-def test_merge_whose_commit_failed_once(played: Played) -> None:
-    kit = played.kit
+def merge_of_two_layers(kit: Kit) -> Plan:
+    """A quiet pool whose volume v (1, 0, 3) calls for a merge."""
     kit.create("v")
     kit.write("v", 1)
     kit.snapshot("s", of="v")
@@ -476,6 +477,12 @@ def test_merge_whose_commit_failed_once(played: Played) -> None:
     kit.delete_snapshot("s")
     kit.sweep_until_quiet()
     (plan,) = kit.plans()
+    return plan
+
+
+def test_merge_whose_commit_failed_once(played: Played) -> None:
+    kit = played.kit
+    plan = merge_of_two_layers(kit)
 
     def story() -> None:
         fails_once(kit.store, "rename", f"{plan.child}.json")
@@ -489,13 +496,7 @@ def test_merge_whose_commit_failed_once(played: Played) -> None:
 
 def test_base_of_a_merge_is_not_dropped_before_the_commit_is_durable(played: Played) -> None:
     kit = played.kit
-    kit.create("v")
-    kit.write("v", 1)
-    kit.snapshot("s", of="v")
-    kit.write("v", 3, block=2)
-    kit.delete_snapshot("s")
-    kit.sweep_until_quiet()
-    (plan,) = kit.plans()
+    plan = merge_of_two_layers(kit)
     assert plan.parent is None
 
     def story() -> None:
