@@ -49,7 +49,6 @@ class Common:
     require_mount: Literal["quobyte", "quobyte-nosize", "any"] = "quobyte"
     pool_timeout_s: float = 30.0
     qemu_dir: str | None = None
-    allow_untested_qemu: bool = False
     health_address: str = ""
     metrics_address: str = ""
     log_level: str = "info"
@@ -77,6 +76,7 @@ class NodeConfig(Common):
     kubelet_dir: str = "/var/lib/kubelet"
     register_dir: str = ""
     stop_daemons_on_exit: bool = False
+    allow_untested_qemu: bool = False
     stop_timeout_s: float = 90.0
     """From SIGTERM to the end: at most a quarter of it for running calls, the rest for flushing."""
 

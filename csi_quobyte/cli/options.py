@@ -77,7 +77,6 @@ serving = combined(
         help="How long a call waits for its pool before it answers UNAVAILABLE.",
     ),
     qemu_dir,
-    allow_untested_qemu,
     option("--health-address", default="", metavar="HOST:PORT", help="Serve /livez and /readyz there, if given."),
     option("--metrics-address", default="", metavar="HOST:PORT", help="Serve Prometheus metrics there, if given."),
     log_options,

@@ -117,6 +117,7 @@ def _merge_speed_bytes_per_s(text: str) -> int | None:
 @options.option("--state-dir", required=True, help="Directory for sockets and hints of staged volumes.")
 @options.option("--max-volumes-per-node", type=int, default=128, help="How many volumes Kubernetes may attach here.")
 @options.option("--kubelet-dir", default="/var/lib/kubelet", help="The kubelet's directory: where it finds the socket.")
+@options.allow_untested_qemu
 @options.option("--register-dir", default="", help="Register with the kubelet by a socket there, if given.")
 @options.option(
     "--stop-daemons-on-exit",

@@ -147,6 +147,9 @@ def _records(store: Store, found: Index) -> Iterator[Finding]:
     for job in found.jobs.values():
         if store.is_over(job):
             yield Finding("unfinished", job.id, store.job_record_path(job.id), f"the process has ended: {job.what}")
+    for snapshot_id, job_id in found.orphaned_snapshots():
+        if store.find_job(job_id) is None:
+            yield Finding("unfinished", snapshot_id, "", f"export {job_id}, which took this snapshot, has ended")
     for entry_id, entry in found.trash.items():
         if entry.trash and entry.trash.state is not TrashState.KEPT:
             yield Finding("unfinished", entry_id, "", f"{entry.trash.state}: retry that, or leave it to the collector")

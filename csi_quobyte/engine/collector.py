@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from csi_quobyte import telemetry
 from csi_quobyte.engine import copying, hold, layers, merging, removal, trash
@@ -26,7 +27,7 @@ from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
 from csi_quobyte.engine.merging import Plan
 from csi_quobyte.engine.removal import Release
-from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted, NotFound
+from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted
 from csi_quobyte.host.qemu import QemuTools
 from csi_quobyte.pool import images, records
 from csi_quobyte.pool.pace import Pace, no_pace
@@ -201,16 +202,10 @@ class Collector:
             log.exception("collector of pool %s", self._pool.name)
         return False
 
-    def _drop_upwards(self, store: Store, layer_id: str | None) -> int:
+    def _drop_upwards(self, store: Store, layer_id: str) -> int:
         """Drop a layer and then each parent that nothing refers to any more, as far as markers can be believed."""
-        dropped = 0
-        while layer_id and not self._is_needed_unmarked(store, layer_id):
-            try:
-                layer_id = layers.drop(store, layer_id)
-            except (Busy, NotFound):
-                break
-            dropped += 1
-        return dropped
+        keep = partial(self._is_needed_unmarked, store)
+        return 0 if keep(layer_id) else layers.drop_upwards(store, layer_id, keep=keep)
 
     def _is_needed_unmarked(self, store: Store, layer_id: str) -> bool:
         """Say whether a record needs a layer whose marker of that was missing at the last look at everything.
@@ -433,6 +428,12 @@ def _end_dead_jobs(store: Store, found: Index, report: Report) -> None:
             report.layers += hold.end(store, store.swap(job, job))
             report.files += 1
             log.info("the process has ended that made this: %s", job.what)
+    for snapshot_id, job_id in found.orphaned_snapshots():
+        with _if_free(store, report):
+            if store.find_job(job_id) is None:
+                report.layers += layers.drop_upwards(store, hold.drop_snapshot(store, job_id))
+                report.files += 1
+                log.info("the export has ended that took snapshot %s", snapshot_id)
 
 
 def _end_dead_caches(store: Store, found: Index, report: Report) -> None:
@@ -503,7 +504,7 @@ def _drop_unreferenced(store: Store, found: Index, report: Report, pace: Callabl
         if layer.state is not LayerState.RETIRED and (layer.id in now.named or layer.id in now.held):
             continue
         with _if_free(store, report):
-            dropped = layers.drop_upwards(store, layer.id, keep=keep, is_unnamed=True)
+            dropped = layers.drop_upwards(store, layer.id, keep=keep.__contains__, is_unnamed=True)
             report.layers += dropped
             report.left += not dropped and store.find_layer(layer.id) is not None
 

@@ -69,7 +69,7 @@ class Hold:
     @property
     def snapshot_name(self) -> str:
         """The CSI name of the snapshot that this job may take for itself; nobody else's has it."""
-        return _snapshot_name(self.job)
+        return records.name_of_jobs_snapshot(self.job.id)
 
     def drop_snapshot(self) -> None:
         """Take away the snapshot that the job has taken for itself, once its marker holds the layer.
@@ -77,7 +77,7 @@ class Hold:
         Raises:
             Busy: another operation on the volume is running.
         """
-        _drop_snapshot(self._store, self.job)
+        drop_snapshot(self._store, self.job.id)
 
     def change(self, job: JobRecord) -> None:
         """Write down what the job holds from now on, before its marker is made.
@@ -153,7 +153,7 @@ def end(store: Store, job: JobRecord) -> int:
     Raises:
         Busy: another operation on the volume is running; the record is still there.
     """
-    left = _drop_snapshot(store, job)
+    left = drop_snapshot(store, job.id)
     if job.layer:
         store.unmark(job.layer, child_marker(job.id))
     store.remove(job)
@@ -161,13 +161,13 @@ def end(store: Store, job: JobRecord) -> int:
     return sum(layers.drop_upwards(store, layer_id) for layer_id in {left, job.layer} - {None} if layer_id)
 
 
-def _snapshot_name(job: JobRecord) -> str:
-    return f"export-{job.id}"
+def drop_snapshot(store: Store, job_id: str) -> str | None:
+    """Take away the snapshot that a job has taken for itself, if there is one; gives the layer that it leaves.
 
-
-def _drop_snapshot(store: Store, job: JobRecord) -> str | None:
-    """Take away the snapshot of a job, if there is one; gives the layer that it leaves."""
-    snapshot_id = records.snapshot_id(store.prefix, _snapshot_name(job))
+    Raises:
+        Busy: another operation on the volume is running.
+    """
+    snapshot_id = records.snapshot_id(store.prefix, records.name_of_jobs_snapshot(job_id))
     snapshot = store.find_snapshot(snapshot_id)
     if snapshot is None:
         store.settle_name(snapshot_id)

@@ -28,6 +28,7 @@ from csi_quobyte.pool.records import (
     SnapshotRecord,
     VolumeRecord,
     VolumeState,
+    job_of_snapshot,
     layer_of,
     marker_of,
 )
@@ -85,6 +86,17 @@ class Index:
             if stray.folder == "volumes" and ending.startswith("new-"):
                 found[ending.removeprefix("new-")] = volume_id
         return found
+
+    def orphaned_snapshots(self) -> Iterator[tuple[str, str]]:
+        """Give (snapshot id, job id) of what jobs have taken for themselves that are there no more.
+
+        A job's record is made before its snapshot and removed after it, unless it was ended meanwhile by somebody who
+        took its process for dead.
+        """
+        for snapshot in self.snapshots.values():
+            job_id = job_of_snapshot(snapshot.name)
+            if job_id and job_id not in self.jobs:
+                yield snapshot.id, job_id
 
     @cached_property
     def intended_layers(self) -> frozenset[str]:
@@ -405,7 +417,7 @@ def _brief_snapshot(snapshot: SnapshotRecord) -> SnapshotRecord:
     return replace(
         snapshot,
         id=sys.intern(snapshot.id),
-        name="",
+        name=snapshot.name if job_of_snapshot(snapshot.name) else "",
         source_volume=sys.intern(snapshot.source_volume),
         layer=sys.intern(snapshot.layer),
         next=_shared(snapshot.next),

@@ -9,7 +9,7 @@ record that needs it, and taken away after that record is gone or no longer need
 """
 
 import logging
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from csi_quobyte.engine import index
@@ -459,10 +459,15 @@ def drop(store: Store, layer_id: str, *, is_unnamed: bool = False) -> str | None
     return layer.parent
 
 
-def drop_upwards(store: Store, layer_id: str | None, *, keep: Container[str] = (), is_unnamed: bool = False) -> int:
-    """Drop a layer and then each parent that nothing refers to any more and that is not to be kept; gives how many."""
+def drop_upwards(
+    store: Store, layer_id: str | None, *, keep: Callable[[str], bool] = lambda _: False, is_unnamed: bool = False
+) -> int:
+    """Drop a layer and then each parent that nothing refers to any more, up to one to `keep`; gives how many.
+
+    `is_unnamed`: the layer itself is named by no record, so that it may be dropped though it has lost its refs.
+    """
     dropped = 0
-    while layer_id and (dropped == 0 or layer_id not in keep):
+    while layer_id and (dropped == 0 or not keep(layer_id)):
         try:
             layer_id = drop(store, layer_id, is_unnamed=is_unnamed and dropped == 0)
         except (Busy, NotFound):

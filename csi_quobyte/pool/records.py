@@ -38,6 +38,7 @@ DEFAULT_TRASH_RETENTION_S = 24 * 3600
 _RECORD_ID = re.compile(r"([0-9a-f]{8})-(vol|snap|img)-([0-9a-f]{32})")
 _UID = re.compile(r"[0-9a-f]{8}")
 _LAYER_ID = re.compile(r"[0-9a-f]{24}")
+_JOBS_SNAPSHOT = re.compile(r"export-([0-9a-f]{24})")
 
 
 class VolumeState(StrEnum):
@@ -516,6 +517,17 @@ def new_layer_id() -> str:
 def is_layer_id(text: str) -> bool:
     """Say whether `text` has the form of a layer id."""
     return _LAYER_ID.fullmatch(text) is not None
+
+
+def name_of_jobs_snapshot(job_id: str) -> str:
+    """The CSI name of the snapshot that a job may take for itself; no call may ask for a name of this form."""
+    return f"export-{job_id}"
+
+
+def job_of_snapshot(name: str) -> str | None:
+    """Give the id of the job that has taken a snapshot of this CSI name for itself; None: it is none of those."""
+    found = _JOBS_SNAPSHOT.fullmatch(name)
+    return found[1] if found else None
 
 
 def trash_id(record: Deletable) -> str:

@@ -13,7 +13,7 @@ from csi_quobyte.host.filesystem_options import SUPPORTED, check_mount_options
 from csi_quobyte.operations.snapshots import SnapshotRequest
 from csi_quobyte.operations.volumes import DEFAULT_FILESYSTEM, AttachRequest, CreateRequest
 from csi_quobyte.pb import csi_pb2 as csi
-from csi_quobyte.pool.records import AccessType, SnapshotRecord, Source, VolumeRecord
+from csi_quobyte.pool.records import AccessType, SnapshotRecord, Source, VolumeRecord, job_of_snapshot
 from csi_quobyte.pool.sizes import GRANULARITY_BYTES, SizeRange
 from csi_quobyte.rpc import parameters
 
@@ -239,8 +239,11 @@ def snapshot_request(request: csi.CreateSnapshotRequest) -> SnapshotRequest:
         InvalidArgument: something is wrong with it.
     """
     given = parameters.snapshot_parameters(request.parameters)
+    wanted = name(request.name, "snapshot")
+    if job_of_snapshot(wanted):
+        raise InvalidArgument(f"the name {wanted!r} has the form of those that exports take for themselves")
     return SnapshotRequest(
-        name=name(request.name, "snapshot"),
+        name=wanted,
         source_volume=required(request.source_volume_id, "the id of the source volume"),
         on_delete=given.on_delete,
         trash_retention_s=given.trash_retention_s,

@@ -176,11 +176,14 @@ def test_version_and_help() -> None:
     ):
         text = csi_quobyte(command, "--help").stdout
         flags = {
-            "driver-name", "require-mount", "pool-timeout", "qemu-dir", "allow-untested-qemu", "health-address",
-            "metrics-address", "log-level", "log-format",
+            "driver-name", "require-mount", "pool-timeout", "qemu-dir", "health-address", "metrics-address",
+            "log-level", "log-format",
         }  # fmt: skip
         if command == "node":
-            flags |= {"max-volumes-per-node", "register-dir", "kubelet-dir", "stop-daemons-on-exit", "stop-timeout"}
+            flags |= {
+                "max-volumes-per-node", "register-dir", "kubelet-dir", "stop-daemons-on-exit", "stop-timeout",
+                "allow-untested-qemu",
+            }  # fmt: skip
         for flag in flags:
             assert f"--{flag}" in text
             variables.add("CSI_QUOBYTE_" + flag.upper().replace("-", "_"))

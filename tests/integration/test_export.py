@@ -364,6 +364,22 @@ def test_hold_that_was_lost_is_noticed_before_the_file_has_its_name(written: Kit
     assert os.listdir(out) == []
 
 
+def test_snapshot_that_is_taken_after_the_job_was_ended_is_found_and_goes(written: Kit) -> None:
+    """Its process was stopped for ten minutes, another host has ended its job, it goes on for a moment and dies."""
+    with hold.holding(written.store, "export") as held:
+        name = held.snapshot_name
+        written.store.remove(held.job)
+        written.snapshot(name, of="v")
+        with pytest.raises(Busy):
+            held.change(replace(held.job, layer="0" * 24))
+        written.store.note_over(held.job)  # the block ends as by death: it finds nothing to end
+        assert written.store.find_snapshot(written.snapshot_id(name))
+        assert [finding.kind for finding in written.check()] == ["unfinished"]
+        written.sweep_until_quiet()
+        assert written.store.find_snapshot(written.snapshot_id(name)) is None
+    assert is_left_clean(written)
+
+
 def test_renewal_that_was_made_and_failed_does_not_end_the_hold(written: Kit) -> None:
     """The record was renamed, the fsync behind that failed once, as by a lost connection."""
     right = written.store.swap

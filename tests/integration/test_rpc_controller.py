@@ -90,8 +90,12 @@ def test_names_that_are_too_long_or_hold_control_characters_are_refused(calls: C
     fails(Code.INVALID_ARGUMENT, calls.snapshot, name, ELSEWHERE, saying="name of the snapshot")
 
 
+def test_names_of_the_snapshots_that_exports_take_are_refused(calls: Client) -> None:
+    fails(Code.INVALID_ARGUMENT, calls.snapshot, "export-" + "0a" * 12, ELSEWHERE, saying="exports")
+
+
 def test_other_names_are_accepted_and_never_become_a_path(machine: Machine, calls: Client) -> None:
-    names = ["/", "..", "/ ..", "../../etc/passwd", "Ü 漢字 \u202e", " ", "x" * 128, "ü" * 64]
+    names = ["export-1", "/", "..", "/ ..", "../../etc/passwd", "Ü 漢字 \u202e", " ", "x" * 128, "ü" * 64]
     before = {path.name for path in machine.base.rglob("*")}
     volumes = [calls.create(name, pool="main").volume_id for name in names]
     snapshots = [calls.snapshot(name, volume).snapshot_id for name, volume in zip(names, volumes, strict=True)]
