@@ -13,6 +13,7 @@ from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.errors import Corrupt, DriverError, Refused
 from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import chain_of
+from csi_quobyte.pool.naming import is_claim
 from csi_quobyte.pool.records import (
     ImageState,
     LayerRecord,
@@ -31,7 +32,7 @@ from csi_quobyte.pool.records import (
     snapshot_marker,
     volume_marker,
 )
-from csi_quobyte.pool.store import Store, is_claim
+from csi_quobyte.pool.store import Store
 
 Kind = Literal[
     "unreadable-record",

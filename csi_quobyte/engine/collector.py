@@ -30,6 +30,7 @@ from csi_quobyte.engine.removal import Release
 from csi_quobyte.errors import Busy, Corrupt, DriverError, Exhausted
 from csi_quobyte.host.qemu import QemuTools
 from csi_quobyte.pool import images, records
+from csi_quobyte.pool.naming import is_claim
 from csi_quobyte.pool.pace import Pace, no_pace
 from csi_quobyte.pool.pools import Pool
 from csi_quobyte.pool.records import (
@@ -45,7 +46,7 @@ from csi_quobyte.pool.records import (
     note_uid,
     parse_marker,
 )
-from csi_quobyte.pool.store import Store, is_claim
+from csi_quobyte.pool.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from csi_quobyte.errors import Corrupt
+from csi_quobyte.pool.naming import is_record
 from csi_quobyte.pool.pace import no_pace
 from csi_quobyte.pool.records import (
     Deletable,
@@ -32,7 +33,7 @@ from csi_quobyte.pool.records import (
     layer_of,
     marker_of,
 )
-from csi_quobyte.pool.store import Store, is_record
+from csi_quobyte.pool.store import Store
 
 T = TypeVar("T")
 

@@ -34,6 +34,7 @@ from csi_quobyte.errors import Busy, Corrupt, DriverError, NotFound, Refused
 from csi_quobyte.host import qemu_img
 from csi_quobyte.host.qemu import QemuTools
 from csi_quobyte.pool import images, layout, records
+from csi_quobyte.pool.naming import is_claim
 from csi_quobyte.pool.records import (
     LayerRecord,
     LayerState,
@@ -49,7 +50,7 @@ from csi_quobyte.pool.records import (
     parse_trash_id,
     same_version,
 )
-from csi_quobyte.pool.store import Store, is_claim
+from csi_quobyte.pool.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 
 from csi_quobyte import telemetry
 from csi_quobyte.engine.layers import ready_volume
@@ -33,22 +32,22 @@ from csi_quobyte.errors import (
     Busy,
     Corrupt,
     DriverError,
-    Exhausted,
     InvalidArgument,
-    NotFound,
     Refused,
     Unavailable,
 )
-from csi_quobyte.host import filesystem, filesystem_options, loop, mounts
+from csi_quobyte.host import filesystem, loop, mounts
 from csi_quobyte.host.filesystem import Usage
 from csi_quobyte.host.loop import LoopDevice
 from csi_quobyte.host.qemu import ImageLayer, QemuTools, gate
 from csi_quobyte.host.qsd import Daemon, Daemons, StopResult
 from csi_quobyte.host.staged import StagedNote, StagedNotes
+from csi_quobyte.operations import contents, targets
+from csi_quobyte.operations.targets import PublishRequest
 from csi_quobyte.pool import images
 from csi_quobyte.pool.chain import chain_of
 from csi_quobyte.pool.executor import Executor
-from csi_quobyte.pool.records import AccessType, Attachment, Content, LayerRecord, VolumeRecord, parse_id
+from csi_quobyte.pool.records import AccessType, Attachment, LayerRecord, VolumeRecord, parse_id
 from csi_quobyte.pool.store import Store
 
 log = logging.getLogger(__name__)
@@ -63,15 +62,12 @@ class _StaleError(Refused):
     """This node's attachment is gone or another one: what it has in memory must not be written."""
 
 
-UNMOUNT_TIMEOUT_S = 10.0
 RELEASE_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 20.0
 CUT_OFF_TIMEOUT_S = 10.0
 STOPPED_AT_ONCE = 16
 _FLUSH_SHARE = 0.6  # of what is left of the time to stop: the rest is for the daemon's own flush
 _LEAST_S = 1.0
-MKFS_TIMEOUT_S = 600.0
-FSCK_TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +80,6 @@ class StageRequest:
     access_type: AccessType
     filesystem: str
     mount_options: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishRequest:
-    """A checked NodePublishVolume request."""
-
-    volume_id: str
-    generation: int
-    staging_path: str
-    target_path: str
-    access_type: AccessType
-    readonly: bool
-    single_writer: bool
 
 
 @dataclass(frozen=True)
@@ -196,7 +179,7 @@ class Node:
     def _is_unfinished(self, volume: VolumeRecord | None) -> bool:
         """Say whether a volume with a file system has a device here that was never mounted."""
         device = _device_of(self._key(volume.id)) if volume else None
-        return bool(volume and volume.access_type == "mount" and device and not _targets(device))
+        return bool(volume and volume.access_type == "mount" and device and not targets.of_device(device))
 
     def _stands(self, volume: VolumeRecord | None) -> bool:
         """Say whether a volume is staged here, at least in part, for the attachment that its record has."""
@@ -227,9 +210,17 @@ class Node:
         device = self._ensure_device(store, volume, attachment, request.staging_path, check_attached)
         check_attached()
         if volume.access_type == "block":
-            _note_raw_use(store, volume, attachment)
+            contents.note_raw_use(store, volume, attachment)
         else:
-            _ensure_mounted(store, volume, attachment, device, request, check_attached)
+            contents.ensure_mounted(
+                store,
+                volume,
+                attachment,
+                device,
+                request.staging_path,
+                mount_options=request.mount_options,
+                check_attached=check_attached,
+            )
 
     def _expel_stale(self, key: str, volume: VolumeRecord, attachment: Attachment, staging_path: str) -> None:
         """End the daemon and the device of an earlier attachment without a flush.
@@ -246,7 +237,7 @@ class Node:
         note = self._notes.find(key)
         if note and note.is_of(volume.uid, attachment.generation):
             return
-        if device and (others := [target for target in _targets(device) if target != staging_path]):
+        if device and (others := [target for target in targets.of_device(device) if target != staging_path]):
             raise Refused(f"{device.path} is of an earlier attachment and still mounted at {others[0]}")
         log.warning("what is left of an earlier attachment of volume key %s is ended without a flush", key)
         self._kill(key, staging_path)
@@ -258,7 +249,7 @@ class Node:
             Unavailable: it cannot be taken down now: then the failure is not final yet.
         """
         device = _device_of(key)
-        if device and any(target != staging_path for target in _targets(device)):
+        if device and any(target != staging_path for target in targets.of_device(device)):
             return
         try:
             if kill:
@@ -386,7 +377,7 @@ class Node:
         daemon_lives = self._daemons.find(key) is not None
         if daemon_lives == expect_daemon and filesystem.is_readable(device.path):
             return
-        others = [target for target in _targets(device) if target != staging_path]
+        others = [target for target in targets.of_device(device) if target != staging_path]
         if others:
             raise Refused(f"{device.path} is dead and still mounted at {others[0]}: the pod there must end first")
         log.warning("%s of key %s is dead (daemon alive: %s): making a new one", device.path, key, daemon_lives)
@@ -485,7 +476,7 @@ class Node:
         device = _device_of(key)
         mounted = mounts.at(staging_path)
         if mounted and device and mounted.major_minor == device.major_minor:
-            outcome = mounts.unmount(staging_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
+            outcome = mounts.unmount(staging_path, timeout_s=targets.UNMOUNT_TIMEOUT_S, lazy_after=True)
             if outcome is mounts.Unmounted.LAZY:
                 log.warning("%s did not answer and was unmounted lazily", staging_path)
         self._release(key)
@@ -535,17 +526,17 @@ class Node:
             readonly = request.readonly or attachment.readonly
             if volume.access_type == "block" and request.readonly and not attachment.readonly:
                 raise InvalidArgument("a block volume can be read-only only as a whole: attach it read-only")
-            source = _publish_source(device, request)
+            source = targets.source_of(device, request)
             key, staged = self._key(volume.id), mounts.at(source)
             is_read_only = readonly or bool(staged and "ro" in staged.options)  # a bind has the options of its source
             if readonly and self._notes.is_binding(key, request.target_path):
-                _undo_half_bind(device, request.target_path)
-            if _is_published(device, request.target_path, readonly=is_read_only):
+                targets.undo_half_bind(device, request.target_path)
+            if targets.is_published(device, request.target_path, readonly=is_read_only):
                 self._notes.end_binding(key, request.target_path)
                 return
             self._check_alive(device, volume.id)
-            _check_single_writer(device, request)
-            _make_target(request)
+            targets.check_single_writer(device, request)
+            targets.make(request)
             if readonly:
                 self._notes.begin_binding(key, request.target_path)
             mounts.bind(source, request.target_path, read_only=readonly)
@@ -565,9 +556,11 @@ class Node:
                     f"{mounted.source} ({mounted.fstype}) is mounted at {target_path}: no volume of this driver"
                 )
             if mounted:
-                _check_not_another(mounted, self._find_device(volume_id), volume_id)
-                mounts.unmount(target_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
-            _remove_target(target_path)
+                targets.check_not_another(
+                    mounted, self._find_device(volume_id), volume_id, ours=loop.scan(f"{TAG_PREFIX}:")
+                )
+                mounts.unmount(target_path, timeout_s=targets.UNMOUNT_TIMEOUT_S, lazy_after=True)
+            targets.remove(target_path)
             self._notes.end_binding(self._key(volume_id), target_path)
 
     def _check_staged_for(self, attachment: Attachment, volume: VolumeRecord) -> None:
@@ -617,7 +610,7 @@ class Node:
         """
         with self._lock(volume_id):
             volume = ready_volume(store, volume_id)
-            device = _device_at(self._find_device(volume_id), volume_id, volume_path)
+            device = targets.device_at(self._find_device(volume_id), volume_id, volume_path)
             if volume.size_bytes < wanted_bytes:
                 raise Unavailable(f"volume {volume_id} has {volume.size_bytes} bytes in its record, not {wanted_bytes}")
             attachment = next((one for one in volume.attachments if one.node == self._node_id), None)
@@ -633,7 +626,7 @@ class Node:
                 self._running_daemon(volume_id).resize(volume.size_bytes)
             device = loop.refresh_size(device)
             if volume.access_type == "mount":
-                _grow_mounted(volume, device, volume_path)
+                contents.grow_mounted(volume, device, volume_path)
             return volume.size_bytes
 
     def _running_daemon(self, volume_id: str) -> Daemon:
@@ -651,7 +644,7 @@ class Node:
         Raises:
             NotFound: the volume is not at that path.
         """
-        device = _device_at(self._find_device(volume_id), volume_id, volume_path)
+        device = targets.device_at(self._find_device(volume_id), volume_id, volume_path)
         mounted = mounts.at(volume_path)
         if mounted and mounted.major_minor == device.major_minor:
             usage = filesystem.usage(volume_path)
@@ -686,11 +679,11 @@ class Node:
             self._notes.remove(key)
             return
         found = mounts.of_device(device.major_minor)
-        if len({mounted.target for mounted in found}) > 1 or _block_targets(device):
+        if len({mounted.target for mounted in found}) > 1 or targets.block_targets(device):
             log.error("%s has lost its daemon; the pods that use it must be deleted", device.path)
             return
         for mounted in found:
-            mounts.unmount(mounted.target, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
+            mounts.unmount(mounted.target, timeout_s=targets.UNMOUNT_TIMEOUT_S, lazy_after=True)
         self._release(key)
 
     def stop_all(self, *, timeout_s: float, is_taken: Callable[[str], bool]) -> bool:
@@ -753,7 +746,7 @@ class Node:
         device = loop.find(tag)
         if device is None:
             return
-        mounted, nodes = [one.target for one in mounts.of_device(device.major_minor)], _block_targets(device)
+        mounted, nodes = [one.target for one in mounts.of_device(device.major_minor)], targets.block_targets(device)
         if len(mounted) == 1 and not nodes:
             try:
                 mounts.unmount(mounted[0], timeout_s=_left_s(deadline), lazy_after=False)
@@ -828,7 +821,7 @@ def _end_writing(device: LoopDevice, *, is_cut: bool) -> None:
             if not mounted:
                 raise
             log.error("only the file system is shut down: %s", error)
-        if _block_targets(device):
+        if targets.block_targets(device):
             log.error("%s is a raw block device: what the kernel had cached of it was written before", device.path)
     if not mounted:
         return
@@ -893,261 +886,6 @@ def _check_unused(device: LoopDevice | None, volume_id: str, staging_path: str) 
     mounted = mounts.at(staging_path)
     if mounted and (device is None or mounted.major_minor != device.major_minor):
         raise Refused(f"{mounted.source} is mounted at the staging path {staging_path}, not volume {volume_id}")
-    others = [target for target in _targets(device) if target != staging_path] if device else []
+    others = [target for target in targets.of_device(device) if target != staging_path] if device else []
     if others:
         raise Refused(f"volume {volume_id} is still published at {others[0]}")
-
-
-def _note_raw_use(store: Store, volume: VolumeRecord, attachment: Attachment) -> None:
-    """Write down, before a pod can write, that anything may be on the device from now on."""
-    content = store.content(volume)
-    if not attachment.readonly and (content is None or content.state != "raw"):
-        store.put_content(volume, Content(state="raw", generation=attachment.generation))
-
-
-def _ensure_mounted(
-    store: Store,
-    volume: VolumeRecord,
-    attachment: Attachment,
-    device: LoopDevice,
-    request: StageRequest,
-    check_attached: Callable[[], None],
-) -> None:
-    mounted = mounts.at(request.staging_path)
-    if mounted:
-        if mounted.major_minor != device.major_minor:
-            raise Refused(f"{mounted.source} is mounted at the staging path {request.staging_path}")
-        return
-    filesystem.check_unused(device.path)
-    _ensure_filesystem(store, volume, attachment, device, check_attached)
-    check_attached()
-    _repair_and_grow(store, volume, attachment, device, check_attached)
-    options = [*request.mount_options, *filesystem_options.default_mount_options(volume.filesystem)]
-    if attachment.readonly:
-        # the journal of a snapshot may be dirty: replayed first, because a read-only device cannot be
-        filesystem.replay_journal(device.path, volume.filesystem, request.staging_path, timeout_s=FSCK_TIMEOUT_S)
-        device = loop.set_read_only(device)
-        options.append("ro")
-    check_attached()
-    mounts.mount(device.path, request.staging_path, fstype=volume.filesystem, options=options)
-    if "ro" not in options and filesystem.needs_growth(device.path, volume.filesystem, request.staging_path):
-        filesystem.grow(device.path, volume.filesystem, request.staging_path)
-
-
-def _ensure_filesystem(
-    store: Store,
-    volume: VolumeRecord,
-    attachment: Attachment,
-    device: LoopDevice,
-    check_attached: Callable[[], None],
-) -> None:
-    """Make the file system if nothing was ever written but by our own mkfs, else check that it is there.
-
-    The note `formatting` comes before the first byte of mkfs and `formatted` before the first mount: a volume found
-    `formatting` holds nothing of anybody's. Only a note of an earlier attachment may have come late, from a node that
-    hung: then a file system that is there is believed before the note is.
-
-    Raises:
-        Refused: the device holds something else than the records say; it is never formatted then.
-    """
-    content = store.content(volume)
-    formatted = Content(state="formatted", filesystem=volume.filesystem, generation=attachment.generation)
-    if _may_format(volume, attachment, device, content):
-        check_attached()
-        store.put_content(volume, replace(formatted, state="formatting"))
-        check_attached()
-        filesystem.make(device.path, volume.filesystem, options=volume.mkfs_options, timeout_s=MKFS_TIMEOUT_S)
-        store.put_content(volume, formatted)
-        return
-    if content and content.growing:
-        return  # it may not even be recognised before it is repaired
-    found = filesystem.probe(device.path)
-    if found != volume.filesystem:
-        raise Refused(
-            f"volume {volume.id} should hold {volume.filesystem}, its device holds {found or 'nothing known'}"
-        )
-    if content is None or content.state != "formatted":
-        store.put_content(volume, formatted)
-
-
-def _repair_and_grow(
-    store: Store,
-    volume: VolumeRecord,
-    attachment: Attachment,
-    device: LoopDevice,
-    check_attached: Callable[[], None],
-) -> None:
-    """Make a file system whole, and as large as its device if it cannot grow mounted.
-
-    resize2fs that is interrupted leaves an ext4 that e2fsck repairs only if it may decide all by itself, as it may not
-    otherwise: the note `growing`, which a snapshot inherits, says that it may, from before resize2fs until after it.
-    """
-    content = store.content(volume)
-    was_growing = content is not None and content.growing
-    formatted = Content(state="formatted", filesystem=volume.filesystem, generation=attachment.generation)
-
-    def begin_growth() -> None:
-        check_attached()
-        store.put_content(volume, replace(formatted, growing=True))
-        check_attached()
-
-    filesystem.repair(device.path, volume.filesystem, timeout_s=FSCK_TIMEOUT_S, after_growth=was_growing)
-    has_to_grow = filesystem.has_to_grow_unmounted(device.path, volume.filesystem)
-    if has_to_grow:
-        filesystem.grow_unmounted(device.path, volume.filesystem, begin=begin_growth)
-    if has_to_grow or was_growing:
-        check_attached()
-        store.put_content(volume, formatted)
-    elif not attachment.readonly and content and content.generation < attachment.generation:
-        # so that what a node that lost the volume writes down late is refused; on a full pool without that
-        with suppress(Exhausted):
-            store.put_content(volume, formatted)
-
-
-def _may_format(volume: VolumeRecord, attachment: Attachment, device: LoopDevice, content: Content | None) -> bool:
-    """Say whether nothing of anybody's can be on a device.
-
-    Raises:
-        Refused: the volume was never formatted, and yet something is there.
-    """
-    if content is None:
-        if not filesystem.is_blank(device.path):
-            raise Refused(f"volume {volume.id} was never formatted and its device is not blank: not touching it")
-        return True
-    if content.state != "formatting":
-        return False
-    return content.generation == attachment.generation or filesystem.probe(device.path) != volume.filesystem
-
-
-def _publish_source(device: LoopDevice, request: PublishRequest) -> str:
-    """Give what is bound to the target: the device node, or the staging path if our file system is mounted there."""
-    if request.access_type == "block":
-        return device.path
-    mounted = mounts.at(request.staging_path)
-    if mounted is None or mounted.major_minor != device.major_minor:
-        raise Refused(f"volume {request.volume_id} is not staged at {request.staging_path}")
-    return request.staging_path
-
-
-def _block_targets(device: LoopDevice) -> list[str]:
-    """Give the targets where a device node is bound: mounts of /dev's file system whose root is the node."""
-    return [mounted.target for mounted in mounts.table() if _is_node_of(mounted, device)]
-
-
-def _is_node_of(mounted: mounts.Mount, device: LoopDevice) -> bool:
-    return mounted.fstype in {"devtmpfs", "tmpfs"} and mounted.root == f"/{device.name}"
-
-
-def _targets(device: LoopDevice) -> list[str]:
-    """Give all places where a device, or the file system on it, is mounted."""
-    return [mounted.target for mounted in mounts.of_device(device.major_minor)] + _block_targets(device)
-
-
-def _is_published(device: LoopDevice, target_path: str, *, readonly: bool) -> bool:
-    """Say whether a target has this volume already.
-
-    Raises:
-        Refused: it has something else.
-        AlreadyExists: it has it with another readonly.
-    """
-    mounted = mounts.at(target_path)
-    if mounted is None:
-        return False
-    if target_path not in _targets(device):
-        raise Refused(f"{mounted.source} is mounted at the target path {target_path}")
-    if ("ro" in mounted.options) != readonly:
-        raise AlreadyExists(f"the volume is published at {target_path} with readonly={not readonly}")
-    return True
-
-
-def _check_single_writer(device: LoopDevice, request: PublishRequest) -> None:
-    """Check that a SINGLE_NODE_SINGLE_WRITER volume has no other target.
-
-    Raises:
-        Refused: it has one.
-    """
-    others = set(_targets(device)) - {request.staging_path, request.target_path}
-    if request.single_writer and others:
-        raise Refused(f"volume {request.volume_id} has a single writer and is published at {sorted(others)[0]}")
-
-
-def _undo_half_bind(device: LoopDevice, target_path: str) -> None:
-    """Unmount a writable bind that was to become a read-only one when its process died; no pod has it yet."""
-    mounted = mounts.at(target_path)
-    if mounted and "ro" not in mounted.options and target_path in _targets(device):
-        mounts.unmount(target_path, timeout_s=UNMOUNT_TIMEOUT_S, lazy_after=True)
-
-
-def _check_not_another(mounted: mounts.Mount, device: LoopDevice | None, volume_id: str) -> None:
-    """Check that a mount is not one of another volume of this driver.
-
-    Raises:
-        Refused: it is.
-    """
-    for other in loop.scan(f"{TAG_PREFIX}:"):
-        if device and other.path == device.path:
-            continue
-        if mounted.major_minor == other.major_minor or _is_node_of(mounted, other):
-            raise Refused(f"another volume is mounted at {mounted.target}, not {volume_id}")
-
-
-def _make_target(request: PublishRequest) -> None:
-    """Make the target: a directory for a mount volume, an empty file for a block volume.
-
-    Raises:
-        Refused: something of another kind is there.
-    """
-    wants_file = request.access_type == "block"
-    target = Path(request.target_path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if wants_file:
-            target.touch(mode=0o600)
-        else:
-            target.mkdir(mode=0o750, exist_ok=True)
-        mode = os.lstat(target).st_mode
-    except OSError as error:
-        raise Refused(f"the target path {target} cannot be made: {error.strerror}") from error
-    if not (stat.S_ISREG(mode) if wants_file else stat.S_ISDIR(mode)):
-        raise Refused(f"the target path {target} is not a {'file' if wants_file else 'directory'}")
-
-
-def _remove_target(target_path: str) -> None:
-    """Remove an unmounted target.
-
-    Raises:
-        Refused: the directory or the file is not empty, so it is none of ours.
-    """
-    try:
-        found = os.lstat(target_path)
-        if stat.S_ISDIR(found.st_mode):
-            os.rmdir(target_path)
-        elif stat.S_ISREG(found.st_mode) and found.st_size:
-            raise Refused(f"the target path {target_path} is a file with contents: none of ours")
-        else:
-            os.unlink(target_path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise Refused(f"the target path {target_path} cannot be removed: {error.strerror}") from error
-
-
-def _device_at(device: LoopDevice | None, volume_id: str, volume_path: str) -> LoopDevice:
-    """Check that a volume is staged or published at a path.
-
-    Raises:
-        NotFound: it is not.
-    """
-    if device is None:
-        raise NotFound(f"volume {volume_id} is not staged here")
-    if volume_path not in _targets(device):
-        raise NotFound(f"volume {volume_id} is not at {volume_path}")
-    return device
-
-
-def _grow_mounted(volume: VolumeRecord, device: LoopDevice, volume_path: str) -> None:
-    mounted = mounts.at(volume_path)
-    if mounted is None or "ro" in mounted.options:
-        return  # read-only by its class: it grows when it is mounted writable
-    if filesystem.needs_growth(device.path, volume.filesystem, volume_path):
-        filesystem.grow(device.path, volume.filesystem, volume_path)

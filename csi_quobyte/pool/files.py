@@ -1,11 +1,15 @@
-"""Reading of small files and directories through a FUSE client that caches names."""
+"""Reading of small files, records and directories through a FUSE client that caches names."""
 
 import os
 import uuid
 from contextlib import suppress
+from typing import TypeVar
 
 from csi_quobyte.errors import Corrupt, Unavailable
+from csi_quobyte.pool import records
 from csi_quobyte.pool.steps import translated
+
+D = TypeVar("D")
 
 _RECORD_BYTES = 1 << 20
 _READ_BYTES = 1 << 16  # at a time: a buffer of a MiB for each small record costs more than the reading
@@ -49,6 +53,16 @@ def read(path: str) -> bytes | None:
             return data
         finally:
             os.close(fd)
+
+
+def find(kind: type[D], path: str) -> D | None:
+    """Give the record in a file, None when it does not exist.
+
+    Raises:
+        Corrupt: it cannot be read.
+    """
+    data = read(path)
+    return None if data is None else records.decode(kind, data, where=path)
 
 
 def names(directory: str) -> list[str]:

@@ -1,12 +1,11 @@
 """What every pool consists of: its directories, and format.json; making one, and judging one that is there."""
 
 import os
-import re
 import uuid
 from contextlib import suppress
 
 from csi_quobyte.errors import Busy, NotFound, Refused
-from csi_quobyte.pool import files, records
+from csi_quobyte.pool import files, naming, records
 from csi_quobyte.pool.records import Modes, Owner, PoolFormat, PoolSettings
 from csi_quobyte.pool.steps import Ownership, Steps, translated, write_whole
 
@@ -15,8 +14,6 @@ SHARDS = tuple(f"{number:02x}" for number in range(256))
 SHARDED = ("volumes", "snapshots", "images", "layers")
 FOLDERS = {"vol": "volumes", "snap": "snapshots", "img": "images"}
 PLAIN = ("tmp", "reserve", "nodes", "jobs", "trash")
-SHARD = re.compile(r"[0-9a-f]{2}")
-TEMPORARY = re.compile(r"(init|[0-9a-f]{16})\.[0-9a-f]{12}")
 INIT = "init"
 
 
@@ -107,7 +104,11 @@ def _foreign_before_init(root: str) -> list[str]:
     for folder in (*SHARDED, *PLAIN):
         for name in _names_if_directory(f"{root}/{folder}", foreign, folder):
             path = f"{folder}/{name}"
-            made = SHARD.fullmatch(name) if folder in SHARDED else folder == "tmp" and TEMPORARY.fullmatch(name)
+            made = (
+                naming.SHARD.fullmatch(name)
+                if folder in SHARDED
+                else folder == "tmp" and naming.TEMPORARY.fullmatch(name)
+            )
             if not made:
                 foreign.append(path)
             elif folder in SHARDED:

@@ -1,12 +1,4 @@
-"""The store: records, layers, markers and locks of one mounted pool. The only module that knows a path in it.
-
-    format.json  lock  collector.json  tmp/  reserve/  nodes/<digest>.json
-    volumes/<2 hex>/<id>.json            and <id>.content-<uid>, <id>.closed-<uid> (written by the node that has it)
-    snapshots/<2 hex>/<id>.json
-    images/<2 hex>/<id>.json
-    jobs/<id>.json
-    trash/<id>-<uid>.json                and <id>-<uid>.restore-<uid> (a record that is to be published)
-    layers/<2 hex>/<id>.json  <id>.<format>  <id>.refs/<marker>
+"""The store: records, layers, markers and locks of one mounted pool; pool/naming has its paths.
 
 Always true, whatever dies (docs/format.md has the steps): a record is complete or absent; an image or a record is
 published by link(2) and never replaces another; a record changes by compare-and-set; `refs/` is removed only while
@@ -15,19 +7,17 @@ empty, and from then on nothing can refer to the layer again.
 
 import logging
 import os
-import re
-import threading
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
 
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, NotFound, Refused, Unavailable
-from csi_quobyte.pool import files, layout, records
+from csi_quobyte.pool import files, layout, naming, primitives, records
 from csi_quobyte.pool.locks import Locks, is_written_by_qemu
+from csi_quobyte.pool.naming import Paths, is_record
 from csi_quobyte.pool.presence import Presence
 from csi_quobyte.pool.records import (
     Closed,
@@ -46,36 +36,15 @@ from csi_quobyte.pool.records import (
     trash_id,
 )
 from csi_quobyte.pool.steps import Observer, Steps, translated, write_all, write_whole
+from csi_quobyte.pool.versions import Prepared, Versions
 
-D = TypeVar("D")
 log = logging.getLogger(__name__)
 
-_RESERVE = re.compile(r"[0-9a-f]{32}")
-_NODE = re.compile(r"[0-9a-f]{32}\.json")
-_TRASH = re.compile(r"[0-9a-f]{8}-(vol|snap)-[0-9a-f]{32}-[0-9a-f]{8}\.(json(\.g[0-9]+)?|restore-[0-9a-f]{8})")
-# of objects, live and in the trash; of layers and jobs; of nodes; the lease
-_RECORD = re.compile(
-    rf"([0-9a-f]{{8}}-(vol|snap|img)-[0-9a-f]{{32}}(-[0-9a-f]{{8}})?|[0-9a-f]{{24}}|[0-9a-f]{{32}}|{records.LEASE_ID})\.json"
-)
-_LEASE_CLAIM = re.compile(rf"{records.LEASE_ID}\.json\.g[0-9]+")
-_JOB = re.compile(r"[0-9a-f]{24}\.json(\.g[0-9]+)?")
-_CLAIM = re.compile(r".*\.json\.g[0-9]+")
 _RESERVE_FILES = 8
 _RESERVE_BYTES = 64 * 1024
-_CLAIM_PATIENCE_S = 2.0
 _REREAD_PAUSE_S = 1.1
 _JOB_S = 600.0  # a job that is not renewed for so long, by the clock of who looks, is over
 _NOTE_FRESH_S = 60.0  # so long a note of progress, which is written every second, tells of something alive
-
-
-@dataclass(frozen=True)
-class Prepared(Generic[R]):
-    """A change of a record that is written down under a temporary name and has not been made yet."""
-
-    old: R
-    following: R
-    temporary: str
-    path: str
 
 
 @dataclass(frozen=True)
@@ -99,13 +68,13 @@ class Store:
             NotFound, Corrupt, Refused: see `layout.read_format`.
         """
         self.root = root
+        self._paths = Paths(root)
         self.format = layout.read_format(root)
         self._identity = layout.identity_of(root)
         self.locks = Locks(f"{root}/lock")
         self._presence = Presence(root)
         self._steps = Steps(f"{root}/tmp", self.token, layout.ownership_of(self.format), observer)
-        self._claims_seen: dict[str, tuple[int, float]] = {}
-        self._claims_guard = threading.Lock()
+        self._versions = Versions(self._steps, self._reserve_file)
         self._jobs_over: set[str] = set()
         self._jobs_seen: dict[str, tuple[int, str, float]] = {}
 
@@ -156,53 +125,17 @@ class Store:
 
     # --- paths -------------------------------------------------------------------------------------------------
 
-    def _record_path(self, folder: str, record_id: str) -> str:
-        return f"{self.root}/{folder}/{records.shard_of(record_id)}/{record_id}.json"
-
-    def _path_of(self, record: records.Record) -> str:
-        match record:
-            case VolumeRecord():
-                return self._record_path("volumes", record.id)
-            case SnapshotRecord():
-                return self._record_path("snapshots", record.id)
-            case ImageRecord():
-                return self._record_path("images", record.id)
-            case LayerRecord():
-                return self._record_path("layers", record.id)
-            case JobRecord():
-                return self._job_path(record.id)
-            case NodeRecord():
-                return self._node_path(record.id)
-            case LeaseRecord():
-                return self._lease_path
-
-    @property
-    def _lease_path(self) -> str:
-        return f"{self.root}/{records.LEASE_ID}.json"
-
-    def _node_path(self, node_id: str) -> str:
-        return f"{self.root}/nodes/{records.node_digest(node_id)}.json"
-
-    def _job_path(self, job_id: str) -> str:
-        return f"{self.root}/jobs/{job_id}.json"
-
-    def _layer_file(self, layer_id: str, name: str) -> str:
-        return f"{self.root}/layers/{layer_id[:2]}/{name}"
-
-    def _refs(self, layer_id: str) -> str:
-        return self._layer_file(layer_id, f"{layer_id}.refs")
-
     def image_path(self, layer: LayerRecord) -> str:
         """The path of a layer's image file."""
-        return self._layer_file(layer.id, layer.file)
+        return self._paths.layer_file(layer.id, layer.file)
 
     def layer_record_path(self, layer_id: str) -> str:
         """The path of a layer's record, for messages."""
-        return self._record_path("layers", layer_id)
+        return self._paths.record("layers", layer_id)
 
     def job_record_path(self, job_id: str) -> str:
         """The path of a job's record, for messages."""
-        return self._job_path(job_id)
+        return self._paths.job(job_id)
 
     def backing_name(self, child_id: str, parent: LayerRecord) -> str:
         """The backing string for an image: relative, for people and tools; nothing of ours follows it."""
@@ -212,17 +145,13 @@ class Store:
 
     # --- reading records ---------------------------------------------------------------------------------------
 
-    def _find(self, kind: type[D], path: str) -> D | None:
-        data = files.read(path)
-        return None if data is None else records.decode(kind, data, where=path)
-
     def _find_own(self, kind: type[R], path: str, record_id: str) -> R | None:
         """Give the record at a path; one that says it is another's is as good as damaged.
 
         Raises:
             Corrupt: it cannot be read, or is another object's.
         """
-        found = self._find(kind, path)
+        found = files.find(kind, path)
         if found and found.id != record_id:
             raise Corrupt(f"{path} holds the record of {found.id}")
         return found
@@ -233,11 +162,11 @@ class Store:
         Raises:
             Corrupt: it cannot be read.
         """
-        return self._find_own(VolumeRecord, self._record_path("volumes", volume_id), volume_id)
+        return self._find_own(VolumeRecord, self._paths.record("volumes", volume_id), volume_id)
 
     def find_snapshot(self, snapshot_id: str, *, of: str = "") -> SnapshotRecord | None:
         """Give a snapshot's record, None when there is none, or with `of` when it surely is none of that volume's."""
-        path = self._record_path("snapshots", snapshot_id)
+        path = self._paths.record("snapshots", snapshot_id)
         data = files.read(path)
         if data is None or of.encode() not in data:
             return None
@@ -248,23 +177,23 @@ class Store:
 
     def find_image(self, image_id: str) -> ImageRecord | None:
         """Give a golden image's record, None when there is none."""
-        return self._find_own(ImageRecord, self._record_path("images", image_id), image_id)
+        return self._find_own(ImageRecord, self._paths.record("images", image_id), image_id)
 
     def find_job(self, job_id: str) -> JobRecord | None:
         """Give the record of a job, None when there is none."""
-        return self._find(JobRecord, self._job_path(job_id))
+        return files.find(JobRecord, self._paths.job(job_id))
 
     def find_layer(self, layer_id: str) -> LayerRecord | None:
         """Give a layer's record, None when there is none."""
-        return self._find_own(LayerRecord, self._record_path("layers", layer_id), layer_id)
+        return self._find_own(LayerRecord, self._paths.record("layers", layer_id), layer_id)
 
     def find_lease(self) -> LeaseRecord | None:
         """Give the record that says who may merge layers, None in a pool where nobody ever did."""
-        return self._find(LeaseRecord, self._lease_path)
+        return files.find(LeaseRecord, self._paths.lease)
 
     def find_node(self, node_id: str) -> NodeRecord | None:
         """Give a node's record, None when it never had this pool."""
-        return self._find(NodeRecord, self._node_path(node_id))
+        return files.find(NodeRecord, self._paths.node(node_id))
 
     def volume(self, volume_id: str) -> VolumeRecord:
         """Give a volume's record.
@@ -324,10 +253,10 @@ class Store:
         """Say of each damaged record of a node, and of the lease, what is wrong: its path, and the rest."""
         directory = f"{self.root}/nodes"
         paths: list[tuple[str, type]] = [(f"{directory}/{name}", NodeRecord) for name in files.names(directory)]
-        for path, kind in [*paths, (self._lease_path, LeaseRecord)]:
+        for path, kind in [*paths, (self._paths.lease, LeaseRecord)]:
             if is_record(os.path.basename(path)):
                 try:
-                    self._find(kind, path)
+                    files.find(kind, path)
                 except Corrupt as error:
                     yield str(error)
 
@@ -355,7 +284,7 @@ class Store:
         for name in files.names(directory):
             if is_record(name):
                 with suppress(Corrupt):
-                    found = self._find(records.Sized, f"{directory}/{name}")
+                    found = files.find(records.Sized, f"{directory}/{name}")
                     yield found.size_bytes if found else 0
 
     # --- writing records ---------------------------------------------------------------------------------------
@@ -367,7 +296,7 @@ class Store:
             Busy: somebody else made one of this id in the meantime.
             Exhausted: no space; nothing is left.
         """
-        path = self._path_of(record)
+        path = self._paths.of(record)
         first = records.next_version(record)
         temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(first)))
         try:
@@ -389,7 +318,7 @@ class Store:
             Exhausted: no space; nothing is left.
         """
         first = records.next_version(volume)
-        path = self._announcement(volume.id, volume.head)
+        path = self._paths.announcement(volume.id, volume.head)
         self._steps.begin(path, records.encode(first))
         return Begun(first, path)
 
@@ -399,7 +328,7 @@ class Store:
         Raises:
             Busy: somebody else made a volume of this id, or took the announcement away: nothing was published.
         """
-        path = self._path_of(begun.volume)
+        path = self._paths.of(begun.volume)
         try:
             self._steps.link(begun.path, path, sync=False)
         except (FileExistsError, FileNotFoundError) as error:
@@ -414,10 +343,7 @@ class Store:
 
         From then on whoever was making that volume cannot publish it any more; what was published before can be seen.
         """
-        self._steps.unlink(self._announcement(volume_id, head))
-
-    def _announcement(self, volume_id: str, head: str) -> str:
-        return self._record_path("volumes", volume_id).removesuffix(".json") + f".new-{head}"
+        self._steps.unlink(self._paths.announcement(volume_id, head))
 
     def swap(self, old: R, new: R) -> R:
         """Replace the record `old`, as it was read, by `new`: compare-and-set, durable on return.
@@ -428,7 +354,7 @@ class Store:
         Raises:
             Busy: the record is no longer what was read, or another writer is in the middle of it.
         """
-        return self.commit(self._prepare(old, new, self._path_of(old)))
+        return self.commit(self._versions.prepare(old, new, self._paths.of(old)))
 
     def settle(self, record: records.Record) -> None:
         """Make durable what a record was found to say, before it is answered to a retry.
@@ -446,11 +372,11 @@ class Store:
         if records.is_layer_id(record_id):
             self._steps.sync(os.path.dirname(self.layer_record_path(record_id)))
         elif parsed := records.parse_id(record_id):
-            self._steps.sync(os.path.dirname(self._record_path(layout.FOLDERS[parsed.kind], record_id)))
+            self._steps.sync(os.path.dirname(self._paths.record(layout.FOLDERS[parsed.kind], record_id)))
             self._steps.sync(f"{self.root}/trash")
 
     @contextmanager
-    def prepared(self, old: R, new: R) -> Iterator["Prepared[R]"]:
+    def prepared(self, old: R, new: R) -> Iterator[Prepared[R]]:
         """Write the successor of `old` down already, so that it becomes durable together with what it will name.
 
         Inside the block, `make_layer` makes it durable and `commit` takes it over; without that it is forgotten. It
@@ -459,30 +385,22 @@ class Store:
         Raises:
             Exhausted: no space; nothing is left.
         """
-        prepared = self._prepare(old, new, self._path_of(old), is_needed=False)
+        prepared = self._versions.prepare(old, new, self._paths.of(old), is_needed=False)
         try:
             yield prepared
         finally:
             self._steps.discard(prepared.temporary)
 
-    def commit(self, prepared: "Prepared[R]", *, sync: bool = True) -> R:
+    def commit(self, prepared: Prepared[R], *, sync: bool = True) -> R:
         """Do the swap of a record that was prepared and that has been made durable; see `swap`.
 
         Without `sync` the caller has `directory_of` the record made durable.
         """
-        try:
-            claim = self._claim(prepared.temporary, prepared.path, prepared.old)
-        finally:
-            self._steps.discard(prepared.temporary)
-        try:
-            self._steps.rename(claim, prepared.path, sync=sync)
-        except FileNotFoundError as error:
-            raise Busy(f"{prepared.old.id}: this change was overtaken") from error
-        return prepared.following
+        return self._versions.commit(prepared, sync=sync)
 
     def directory_of(self, record: records.Record) -> str:
         """Give the directory whose names make a record's changes durable."""
-        return os.path.dirname(self._path_of(record))
+        return os.path.dirname(self._paths.of(record))
 
     def make_durable(self, paths: Sequence[str]) -> None:
         """Make files and directories of the pool durable, all at once; nothing for none.
@@ -492,16 +410,6 @@ class Store:
         """
         self._steps.sync_all(paths)
 
-    def _prepare(self, old: R, new: R, path: str, *, is_needed: bool = True) -> "Prepared[R]":
-        """Write a change down; one that is needed, by itself, is durable at once and may use up the reserve."""
-        following = records.next_version(new, of=old)
-        temporary = self._steps.write_temporary(
-            lambda fd: write_whole(fd, records.encode(following)),
-            reserve=self._reserve_file if is_needed else None,
-            sync=is_needed,
-        )
-        return Prepared(old, following, temporary, path)
-
     def remove(self, record: records.Record) -> None:
         """Remove a record, as it was read; gone already is success. Durable on return.
 
@@ -510,107 +418,14 @@ class Store:
         Raises:
             Busy: the record is no longer what was read.
         """
-        self._remove(record, self._path_of(record))
-
-    def _remove(self, record: records.Record, path: str, *, keep_as: str | None = None) -> None:
-        """Remove the record at a path, as it was read, after it was given a second name if it is to be kept."""
-        try:
-            claim = self._claim(path, path, record)
-        except Busy:
-            if files.read(path) is None:
-                # done before is success once it is durable: whoever did it may have died before that
-                self._steps.sync(os.path.dirname(path))
-                return
-            raise
-        if keep_as:
-            try:
-                # From the claim, not from the path: where another process has dropped it and gone on, nothing is
-                # published late.
-                self._steps.link(claim, keep_as)
-            except FileExistsError:
-                # an earlier attempt has come so far, and may have died before that was durable
-                self._steps.sync(os.path.dirname(keep_as))
-            except FileNotFoundError as error:
-                raise Busy(f"{record.id} was changed by another operation") from error
-        # A process that was stopped for so long that its claim counts as a dead one's must not remove what others have
-        # put there since. (What it cannot know is how long the removal itself is under way to the pool.)
-        if not self._steps.unlink(path, only_if=lambda: files.read(claim) == files.read(path)):
-            raise Busy(f"{record.id} was changed by another operation")
-        self._steps.discard(claim)
-
-    def _claim(self, content: str, path: str, old: records.Record) -> str:
-        """Link `content` to the one name that allows to change `old`, then compare; gives the claim's path."""
-        claim = f"{path}.g{old.generation + 1}"
-        try:
-            self._steps.link(content, claim, sync=False)
-        except FileExistsError as error:
-            self._resolve_claim(path, claim)
-            raise Busy(f"{old.id} is being changed by another operation") from error
-        except FileNotFoundError as error:
-            raise Busy(f"{old.id} was removed by another operation") from error
-        current = self._find(type(old), path)
-        if current is None or not records.same_version(current, old):
-            self._steps.discard(claim)
-            raise Busy(f"{old.id} was changed by another operation")
-        return claim
-
-    def _resolve_claim(self, path: str, claim: str) -> bool:
-        """Finish or drop a claim whose writer died; says whether it was one of those.
-
-        A living writer holds its claim for about a millisecond; one that is still the same file two seconds after
-        it was first met is a dead one's. Its contents are complete: it becomes the record if the record still is
-        the generation before it, and is dropped otherwise (also when it is the mark of an unfinished removal).
-        """
-        with translated(claim), suppress(FileNotFoundError):
-            inode = os.stat(claim).st_ino
-            with self._claims_guard:
-                seen_inode, since = self._claims_seen.setdefault(claim, (inode, time.monotonic()))
-                if seen_inode != inode:
-                    self._claims_seen[claim] = (inode, time.monotonic())
-                    return False
-                if time.monotonic() - since < _CLAIM_PATIENCE_S:
-                    return False
-                del self._claims_seen[claim]
-            self._finish_claim(path, claim)
-            return True
-        return False
-
-    def _finish_claim(self, path: str, claim: str) -> None:
-        """Rename a dead writer's claim over its record if it is the next version of the same object, else drop it."""
-        number = int(claim.rpartition(".g")[2])
-        record = self._find(records.Versioned, path)
-        try:
-            claimed = self._find(records.Versioned, claim)
-        except Corrupt as error:
-            log.error("a claim that cannot be read is dropped: %s", error)
-            claimed = None
-        # the uid: a claim that lost its comparison may outlive its object and meet the next one of that name
-        if (
-            record
-            and claimed
-            and (record.generation, claimed.generation, claimed.uid)
-            == (
-                number - 1,
-                number,
-                record.uid,
-            )
-        ):
-            self._steps.rename(claim, path)
-        else:
-            self._steps.discard(claim)
+        self._versions.remove(record, self._paths.of(record))
 
     # --- trash -------------------------------------------------------------------------------------------------
-
-    def _trash_path(self, entry_id: str) -> str:
-        return f"{self.root}/trash/{entry_id}.json"
-
-    def _restore_path(self, entry: Deletable, uid: str) -> str:
-        return f"{self.root}/trash/{trash_id(entry)}.restore-{uid}"
 
     def trash_ids(self) -> Iterator[str]:
         """Give the ids of everything in the trash, in ascending order."""
         names = files.names_in(f"{self.root}/trash")
-        yield from (name.removesuffix(".json") for name in names if is_record(name) and _TRASH.fullmatch(name))
+        yield from (name.removesuffix(".json") for name in names if is_record(name) and naming.TRASH.fullmatch(name))
 
     def find_trashed(self, entry_id: str) -> Deletable | None:
         """Give an entry of the trash: the record of what was deleted; None when there is none.
@@ -621,8 +436,8 @@ class Store:
         parsed = records.parse_trash_id(entry_id)
         if parsed is None:
             return None
-        path = self._trash_path(entry_id)
-        return self._find(VolumeRecord, path) if parsed[0].kind == "vol" else self._find(SnapshotRecord, path)
+        path = self._paths.trashed(entry_id)
+        return files.find(VolumeRecord, path) if parsed[0].kind == "vol" else files.find(SnapshotRecord, path)
 
     def move_to_trash(self, record: Deletable) -> None:
         """Move a record, as it was read, to the trash; gone already is success. Durable on return.
@@ -633,11 +448,11 @@ class Store:
         Raises:
             Busy: the record is no longer what was read.
         """
-        self._remove(record, self._path_of(record), keep_as=self._trash_path(trash_id(record)))
+        self._versions.remove(record, self._paths.of(record), keep_as=self._paths.trashed(trash_id(record)))
 
     def swap_trashed(self, old: Deletable, new: Deletable) -> Deletable:
         """Change an entry of the trash by compare-and-set, as `swap` does a record."""
-        return self.commit(self._prepare(old, new, self._trash_path(trash_id(old))))
+        return self.commit(self._versions.prepare(old, new, self._paths.trashed(trash_id(old))))
 
     def remove_trashed(self, entry: Deletable) -> None:
         """Remove an entry of the trash, as it was read; gone already is success.
@@ -645,11 +460,11 @@ class Store:
         Raises:
             Busy: it is no longer what was read.
         """
-        self._remove(entry, self._trash_path(trash_id(entry)))
+        self._versions.remove(entry, self._paths.trashed(trash_id(entry)))
 
     def remove_damaged_trashed(self, entry_id: str) -> None:
         """Remove an entry that cannot be read, at the explicit wish to purge it."""
-        self._steps.unlink(self._trash_path(entry_id))
+        self._steps.unlink(self._paths.trashed(entry_id))
 
     def begin_restore(self, entry: Deletable, restored: Deletable) -> None:
         """Write down, durably, the record that is to be published when `entry` is restored. It says nothing yet.
@@ -657,7 +472,7 @@ class Store:
         Raises:
             Busy: the collector took it for one that nobody needs any more.
         """
-        path = self._restore_path(entry, restored.uid)
+        path = self._paths.restore(entry, restored.uid)
         self._steps.begin(path, records.encode(records.next_version(restored)))
         try:
             self._steps.sync_all([path, os.path.dirname(path)])
@@ -672,9 +487,9 @@ class Store:
             Busy: another operation has finished this or given it up.
         """
         folder = "volumes" if isinstance(entry, VolumeRecord) else "snapshots"
-        self._find(type(entry), self._restore_path(entry, restored.uid))  # what cannot be read is not published
+        files.find(type(entry), self._paths.restore(entry, restored.uid))  # what cannot be read is not published
         try:
-            self._steps.link(self._restore_path(entry, restored.uid), self._record_path(folder, restored.id))
+            self._steps.link(self._paths.restore(entry, restored.uid), self._paths.record(folder, restored.id))
         except FileExistsError as error:
             raise AlreadyExists(f"{restored.id} exists") from error
         except FileNotFoundError as error:
@@ -685,12 +500,12 @@ class Store:
 
         From then on nobody can publish it any more; what was published before can be seen.
         """
-        self._steps.unlink(self._restore_path(entry, uid))
+        self._steps.unlink(self._paths.restore(entry, uid))
 
     def trash_strays(self) -> list[str]:
         """Give the names of the files in the trash that are not its entries' own."""
         names = files.names_in(f"{self.root}/trash")
-        return [name for name in names if _TRASH.fullmatch(name) and not is_record(name)]
+        return [name for name in names if naming.TRASH.fullmatch(name) and not is_record(name)]
 
     # --- damage ------------------------------------------------------------------------------------------------
 
@@ -721,7 +536,7 @@ class Store:
         Raises:
             Corrupt: it is larger than any record.
         """
-        return files.read(self._record_path(folder, record_id))
+        return files.read(self._paths.record(folder, record_id))
 
     def replace_damaged(self, record: R, damaged: bytes) -> R:
         """Put a whole record in the place of one that cannot be read and whose file holds `damaged`; durable.
@@ -732,7 +547,7 @@ class Store:
         Raises:
             Busy: the file holds something else now; nothing was changed.
         """
-        path = self._path_of(record)
+        path = self._paths.of(record)
         directory, _, name = path.rpartition("/")
         claims = [other for other in files.names(directory) if other.startswith(f"{name}.g")]
         numbers = [int(claim.rpartition(".g")[2]) for claim in claims if claim.rpartition(".g")[2].isdecimal()]
@@ -753,7 +568,7 @@ class Store:
 
     def remove_damaged(self, folder: str, record_id: str) -> None:
         """Remove a record that cannot be read, at the explicit wish to delete it; its layers stay for the collector."""
-        path = self._record_path(folder, record_id)
+        path = self._paths.record(folder, record_id)
         directory, _, name = path.rpartition("/")
         for other in files.names(directory):
             if other.startswith(f"{name}.g"):
@@ -786,8 +601,8 @@ class Store:
             Exhausted: no space; no name was made but that of the refs directory.
             Busy: another operation has given this layer up.
         """
-        path = self._layer_file(record.id, record.file)
-        refs = self._refs(record.id)
+        path = self._paths.layer_file(record.id, record.file)
+        refs = self._paths.refs(record.id)
         found = self.find_layer(record.id)
         if found and found.state is LayerState.RETIRED:
             raise Busy(f"layer {record.id} was given up by another operation")
@@ -800,7 +615,7 @@ class Store:
                 unnamed[path] = write if isinstance(write, str) else self._steps.write_temporary(write, sync=False)
             if found is None:
                 content = records.encode(made)
-                unnamed[self._path_of(made)] = self._steps.write_temporary(
+                unnamed[self._paths.of(made)] = self._steps.write_temporary(
                     lambda fd: write_whole(fd, content), sync=False
                 )
             self._steps.sync_all([refs, *unnamed.values(), *also])
@@ -830,7 +645,7 @@ class Store:
 
     def remove_image(self, layer_id: str, file: str) -> None:
         """Remove a layer's image durably; gone already is success. Only after `condemn`, or for an undone intent."""
-        self._steps.unlink(self._layer_file(layer_id, file))
+        self._steps.unlink(self._paths.layer_file(layer_id, file))
 
     def check_not_written(self, layer: LayerRecord) -> None:
         """Check that no storage daemon has a layer's image open for writing, where this mount's locks can tell.
@@ -894,24 +709,24 @@ class Store:
             NotFound: the layer is condemned or gone: it can never be referred to again.
         """
         try:
-            self._steps.touch(f"{self._refs(layer_id)}/{marker}", sync=sync)
+            self._steps.touch(f"{self._paths.refs(layer_id)}/{marker}", sync=sync)
         except FileNotFoundError as error:
             raise NotFound(f"layer {layer_id} is gone") from error
 
     def refs_path(self, layer_id: str) -> str:
         """Give the directory of a layer's markers, for `make_layer` and `make_durable`."""
-        return self._refs(layer_id)
+        return self._paths.refs(layer_id)
 
     def unmark(self, layer_id: str, marker: str, *, sync: bool = True) -> None:
         """Take a reference back, durably; gone already is success.
 
         Without `sync` a power cut may bring it back: the collector removes what no record justifies.
         """
-        self._steps.unlink(f"{self._refs(layer_id)}/{marker}", sync=sync)
+        self._steps.unlink(f"{self._paths.refs(layer_id)}/{marker}", sync=sync)
 
     def markers(self, layer_id: str) -> list[str] | None:
         """Give the markers of a layer, sorted; None when its refs directory is gone."""
-        directory = self._refs(layer_id)
+        directory = self._paths.refs(layer_id)
         with translated(directory):
             try:
                 return sorted(os.listdir(directory))
@@ -923,7 +738,7 @@ class Store:
 
         Nothing else ever does: without the directory a layer counts as condemned.
         """
-        self._steps.make_directory(self._refs(layer_id))
+        self._steps.make_directory(self._paths.refs(layer_id))
 
     def condemn(self, layer_id: str) -> bool:
         """Remove a layer's empty refs directory: the atomic decision that nothing will ever refer to it.
@@ -933,19 +748,16 @@ class Store:
         Raises:
             Busy: something refers to it.
         """
-        return self._steps.remove_directory(self._refs(layer_id))
+        return self._steps.remove_directory(self._paths.refs(layer_id))
 
     # --- what is on a volume's device --------------------------------------------------------------------------
-
-    def _content_path(self, volume: VolumeRecord) -> str:
-        return self._record_path("volumes", volume.id).removesuffix(".json") + f".content-{volume.uid}"
 
     def content(self, volume: VolumeRecord) -> Content | None:
         """Give what is known to be on a volume: the node's own word, else what it inherited; None = never written.
 
         What is inherited is of no attachment of this volume: its generation, the source's, would be taken for one.
         """
-        if own := self._find(Content, self._content_path(volume)):
+        if own := files.find(Content, self._paths.content(volume)):
             return own
         return replace(volume.inherited_content, generation=0) if volume.inherited_content else None
 
@@ -955,36 +767,33 @@ class Store:
         Raises:
             Refused: a later attachment has written its note already: this node's is a stale one.
         """
-        present = self._find(Content, self._content_path(volume))
+        present = files.find(Content, self._paths.content(volume))
         if present and present.generation > content.generation:
             raise Refused(f"volume {volume.id} has been used under a later attachment ({present.generation})")
         temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(content)))
-        self._steps.rename(temporary, self._content_path(volume))
+        self._steps.rename(temporary, self._paths.content(volume))
 
     def remove_content(self, volume: VolumeRecord, *, sync: bool = True) -> None:
         """Forget what was on a volume that is being deleted, or without `sync` one that is: these are strays then."""
-        self._steps.unlink(self._content_path(volume), sync=sync)
-        if os.path.lexists(self._closed_path(volume)):
-            self._steps.unlink(self._closed_path(volume), sync=sync)
-
-    def _closed_path(self, volume: VolumeRecord) -> str:
-        return self._record_path("volumes", volume.id).removesuffix(".json") + f".closed-{volume.uid}"
+        self._steps.unlink(self._paths.content(volume), sync=sync)
+        if os.path.lexists(self._paths.closed(volume)):
+            self._steps.unlink(self._paths.closed(volume), sync=sync)
 
     def closed_generation(self, volume: VolumeRecord) -> int:
         """Give the generation of the attachment whose node said last that it has closed the volume; 0: none has."""
-        closed = self._find(Closed, self._closed_path(volume))
+        closed = files.find(Closed, self._paths.closed(volume))
         return closed.generation if closed else 0
 
     def note_closed(self, volume: VolumeRecord, generation: int) -> None:
         """Say that the node of this attachment has closed the volume in order; only that node does."""
         closed = Closed(generation=generation)
         temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(closed)))
-        self._steps.rename(temporary, self._closed_path(volume))
+        self._steps.rename(temporary, self._paths.closed(volume))
 
     def forget_closed(self, volume: VolumeRecord) -> None:
         """Take that back, before the volume is opened again; never said is success."""
-        if os.path.lexists(self._closed_path(volume)):
-            self._steps.unlink(self._closed_path(volume))
+        if os.path.lexists(self._paths.closed(volume)):
+            self._steps.unlink(self._paths.closed(volume))
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
@@ -992,12 +801,12 @@ class Store:
         """Write this node's record; only the node itself does, so a plain replace is right."""
         following = replace(node, nonce=uuid.uuid4().hex[:8], generation=1)
         temporary = self._steps.write_temporary(lambda fd: write_whole(fd, records.encode(following)))
-        self._steps.rename(temporary, self._node_path(node.id))
+        self._steps.rename(temporary, self._paths.node(node.id))
 
     # --- housekeeping ------------------------------------------------------------------------------------------
 
     def _reserve_file(self) -> str | None:
-        found = [name for name in files.names(f"{self.root}/reserve") if _RESERVE.fullmatch(name)]
+        found = [name for name in files.names(f"{self.root}/reserve") if naming.RESERVE.fullmatch(name)]
         return f"{self.root}/reserve/{found[0]}" if found else None
 
     def replenish_reserve(self) -> None:
@@ -1019,13 +828,21 @@ class Store:
     def foreign_files(self) -> list[str]:
         """Name what lies outside of the shards and is not of this format; nothing of it is ever touched."""
         known = {*layout.SHARDED, *layout.PLAIN, "lock", "format.json", f"{records.LEASE_ID}.json", "lost+found"}
-        foreign = [name for name in files.names(self.root) if name not in known and not _LEASE_CLAIM.fullmatch(name)]
-        forms = {"tmp": layout.TEMPORARY, "reserve": _RESERVE, "nodes": _NODE, "jobs": _JOB, "trash": _TRASH}
+        foreign = [
+            name for name in files.names(self.root) if name not in known and not naming.LEASE_CLAIM.fullmatch(name)
+        ]
+        forms = {
+            "tmp": naming.TEMPORARY,
+            "reserve": naming.RESERVE,
+            "nodes": naming.NODE,
+            "jobs": naming.JOB,
+            "trash": naming.TRASH,
+        }
         for folder, form in forms.items():
             foreign += [f"{folder}/{name}" for name in files.names(f"{self.root}/{folder}") if not form.fullmatch(name)]
         for folder in layout.SHARDED:
             foreign += [
-                f"{folder}/{name}" for name in files.names(f"{self.root}/{folder}") if not layout.SHARD.fullmatch(name)
+                f"{folder}/{name}" for name in files.names(f"{self.root}/{folder}") if not naming.SHARD.fullmatch(name)
             ]
         return foreign
 
@@ -1037,7 +854,7 @@ class Store:
         directory = f"{self.root}/tmp"
         paths_of: defaultdict[str, list[str]] = defaultdict(list)
         for name in files.names(directory):
-            if layout.TEMPORARY.fullmatch(name):  # another is not ours: check reports it
+            if naming.TEMPORARY.fullmatch(name):  # another is not ours: check reports it
                 paths_of[name.partition(".")[0]].append(f"{directory}/{name}")
         working = self._working_tokens()  # a job is there before its files are, so it is looked for after them
         stale = []
@@ -1058,7 +875,7 @@ class Store:
     # --- jobs --------------------------------------------------------------------------------------------------
 
     def _job_names(self) -> list[str]:
-        return [name for name in files.names_in(f"{self.root}/jobs") if _JOB.fullmatch(name)]
+        return [name for name in files.names_in(f"{self.root}/jobs") if naming.JOB.fullmatch(name)]
 
     def job_claims(self) -> list[str]:
         """Give the names of the claims in the folder of jobs."""
@@ -1066,7 +883,7 @@ class Store:
 
     def lease_claims(self) -> list[str]:
         """Give the names of the claims on the lease, which lie in the pool's top directory."""
-        return [name for name in files.names(self.root) if _LEASE_CLAIM.fullmatch(name)]
+        return [name for name in files.names(self.root) if naming.LEASE_CLAIM.fullmatch(name)]
 
     def note_over(self, job: JobRecord) -> None:
         """Say that a job of this process is over, though its record could not be removed."""
@@ -1116,7 +933,7 @@ class Store:
             token = os.path.basename(path).partition(".")[0]
             if self._presence.is_fresh(token, path, within_s=_NOTE_FRESH_S):
                 with suppress(Corrupt):  # it is being written
-                    if found := self._find(Progress, path):
+                    if found := files.find(Progress, path):
                         return found
         return None
 
@@ -1127,38 +944,8 @@ class Store:
         return any(using)
 
     def prove_primitives(self) -> None:
-        """Try the file operations that everything rests on, in the directory for temporaries; leaves nothing.
-
-        Raises:
-            Refused: the mount does not do what format 1 needs; the message says which operation.
-        """
-        directory = f"{self.root}/tmp/{self.token}.{uuid.uuid4().hex[:12]}"
-        first = self._steps.write_temporary(lambda fd: write_whole(fd, b"1"))
-        second = self._steps.write_temporary(lambda fd: write_whole(fd, b"2"))
-        try:
-            self._steps.make_directory(directory)
-            self._steps.link(first, f"{directory}/name")
-            try:
-                self._steps.link(second, f"{directory}/name")
-            except FileExistsError:
-                pass
-            else:
-                raise Refused("link(2) replaced a file: changes of records would get lost")
-            try:
-                self._steps.remove_directory(directory)
-            except Busy:
-                pass
-            else:
-                raise Refused("rmdir(2) removed a directory that was not empty: layers in use would be removed")
-            self._steps.rename(second, f"{directory}/name")
-            if files.read(f"{directory}/name") != b"2":
-                raise Refused("rename(2) did not replace a file")
-            if not self._presence.is_held(self.token):
-                raise Refused("locks on open files do not exclude each other on this mount")
-        finally:
-            for path in (first, second, f"{directory}/name"):
-                self._steps.discard(path)
-            self._steps.remove_directory(directory)
+        """Try the file operations that everything rests on; see `primitives.prove`."""
+        primitives.prove(self._steps, self._presence, f"{self.root}/tmp")
 
     def grow_raw_image(self, layer: LayerRecord, size_bytes: int) -> None:
         """Make a raw head's file at least `size_bytes` long, sparse; never shorter. Durable on return.
@@ -1175,18 +962,8 @@ class Store:
         Says whether it did that; the record may have changed then.
         """
         directory = f"{self.root}/{folder}/{shard}".rstrip("/")  # the trash has no shards, the lease no folder
-        return self._resolve_claim(f"{directory}/{name.rpartition('.g')[0]}", f"{directory}/{name}")
+        return self._versions.resolve_claim(f"{directory}/{name.rpartition('.g')[0]}", f"{directory}/{name}")
 
     def discard_stray(self, folder: str, shard: str, name: str) -> None:
         """Remove a file in a shard that the caller has proved to belong to nothing."""
         self._steps.unlink(f"{self.root}/{folder}/{shard}/{name}")
-
-
-def is_claim(name: str) -> bool:
-    """Say whether a file beside a record is a claim on one, by its name."""
-    return _CLAIM.fullmatch(name) is not None
-
-
-def is_record(name: str) -> bool:
-    """Say whether a file is a record's own, by its name; a copy that somebody has made of one is not."""
-    return _RECORD.fullmatch(name) is not None

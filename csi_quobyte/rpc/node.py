@@ -20,7 +20,8 @@ import grpc
 from csi_quobyte import telemetry
 from csi_quobyte.errors import Busy, DriverError, InvalidArgument, NotFound, Unavailable
 from csi_quobyte.host import mounts
-from csi_quobyte.operations.staging import Node, PublishRequest, StageRequest, VolumeStats
+from csi_quobyte.operations.staging import Node, StageRequest, VolumeStats
+from csi_quobyte.operations.targets import PublishRequest
 from csi_quobyte.pb import csi_pb2 as csi
 from csi_quobyte.pb import csi_pb2_grpc
 from csi_quobyte.pool.executor import Executor, Reservations

@@ -11,7 +11,7 @@ import pytest
 import scratch
 from controller_kit import OWNER, Kit
 
-from csi_quobyte.pool import layout, presence, records
+from csi_quobyte.pool import layout, presence, records, versions
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import PoolSettings
 from csi_quobyte.pool.sizes import MIB
@@ -55,7 +55,7 @@ def kit(store: Store) -> Kit:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim counts as a dead process's after 10 ms instead of two seconds."""
-    monkeypatch.setattr(store_module, "_CLAIM_PATIENCE_S", 0.01)
+    monkeypatch.setattr(versions, "_CLAIM_PATIENCE_S", 0.01)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from csi_quobyte.errors import AlreadyExists, Exhausted, NotFound
 from csi_quobyte.host import command
 from csi_quobyte.operations import volumes
 from csi_quobyte.pool import store as store_module
+from csi_quobyte.pool import versions
 from csi_quobyte.pool.records import LayerRecord, VolumeRecord, VolumeState, trash_id, volume_marker
 from csi_quobyte.pool.sizes import SizeRange
 from csi_quobyte.pool.steps import Observer
@@ -130,7 +131,7 @@ def repair_all(kit: Kit, observe: Observer) -> None:
         return run(argv, **options)
 
     command.run = counted
-    store_module._REREAD_PAUSE_S = store_module._CLAIM_PATIENCE_S = 0.0
+    store_module._REREAD_PAUSE_S = versions._CLAIM_PATIENCE_S = 0.0
     repair.repair(kit.store, tools(), kit.check_image)
 
 

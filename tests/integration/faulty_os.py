@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from csi_quobyte.pool import files, images, layout, locks, steps, store
+from csi_quobyte.pool import files, images, layout, locks, steps, store, versions
 
 # calls that may find no room, by what they need it for
 _DATA = {"create", "pwrite", "mkdir", "posix_fallocate"}
@@ -115,6 +115,6 @@ class FaultyOs:
     def installed(self) -> Iterator["FaultyOs"]:
         """Let the modules of the pool use it inside the block."""
         with pytest.MonkeyPatch.context() as patch:
-            for module in (steps, store, files, layout, images, locks):
+            for module in (steps, store, versions, files, layout, images, locks):
                 patch.setattr(module, "os", self)
             yield self

@@ -16,7 +16,8 @@ from csi_quobyte.host import command, loop
 from csi_quobyte.host.loop import LoopDevice
 from csi_quobyte.host.qsd import Daemon, Daemons
 from csi_quobyte.host.staged import StagedNotes
-from csi_quobyte.operations.staging import TAG_PREFIX, Node, PublishRequest, StageRequest
+from csi_quobyte.operations.staging import TAG_PREFIX, Node, StageRequest
+from csi_quobyte.operations.targets import PublishRequest
 from csi_quobyte.pool.records import VolumeRecord
 from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store

@@ -20,7 +20,7 @@ from csi_quobyte.config import PoolSpec
 from csi_quobyte.engine import collector, layers
 from csi_quobyte.errors import Busy, Exhausted, Refused, Unavailable
 from csi_quobyte.host import filesystem
-from csi_quobyte.operations.staging import PublishRequest
+from csi_quobyte.operations.targets import PublishRequest
 from csi_quobyte.pool import files, images
 from csi_quobyte.pool.pools import Pools
 from csi_quobyte.pool.records import Content, LayerState, SnapshotState, VolumeState

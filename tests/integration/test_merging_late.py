@@ -183,7 +183,7 @@ def test_merge_is_ended_while_a_record_of_something_else_cannot_be_read(kit: Kit
     begin(kit, plan)
     kit.create("other")
     kit.snapshot("damaged", of="other")
-    path = Path(kit.store._record_path("snapshots", kit.snapshot_id("damaged")))
+    path = Path(kit.store._paths.record("snapshots", kit.snapshot_id("damaged")))
     path.write_bytes(path.read_bytes()[:20])
     assert kit.end_merges()
     assert kit.store.layer(plan.layer).merge is None

@@ -21,7 +21,7 @@ import pytest
 from controller_kit import OWNER, Elsewhere, Kit, tree
 
 from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
-from csi_quobyte.pool import images, presence, records
+from csi_quobyte.pool import images, presence, records, versions
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.layout import initialise, read_format
 from csi_quobyte.pool.records import LayerRecord, LayerState, Modes, Owner, Progress, VolumeState
@@ -167,7 +167,7 @@ def test_remove_of_what_is_gone_succeeds(store: Store) -> None:
 
 
 def test_claim_of_a_living_writer_is_waited_for_two_seconds(store: Store) -> None:
-    assert store_module._CLAIM_PATIENCE_S == 2.0
+    assert versions._CLAIM_PATIENCE_S == 2.0
     layer = new_layer(store)
     claim_path(store, layer, 2).write_bytes(records.encode(replace(layer, generation=2)))
     with pytest.raises(Busy):
