@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -21,7 +22,7 @@ from csi_quobyte.cli import options
 from csi_quobyte.config import Common, NodeConfig, parse_address
 from csi_quobyte.engine.collector import Collector
 from csi_quobyte.engine.copying import Copier
-from csi_quobyte.errors import DriverError, InvalidArgument, Unavailable
+from csi_quobyte.errors import Corrupt, DriverError, InvalidArgument, Unavailable
 from csi_quobyte.host import command
 from csi_quobyte.host.jobs import MINIMUM_SPEED_BYTES_PER_S
 from csi_quobyte.host.qemu import QemuTools, find_tools, gate
@@ -31,6 +32,7 @@ from csi_quobyte.operations.staging import Node
 from csi_quobyte.pool import records
 from csi_quobyte.pool.pools import Pool, Pools
 from csi_quobyte.pool.records import NodeRecord
+from csi_quobyte.pool.store import Store
 from csi_quobyte.rpc.controller import ControllerService
 from csi_quobyte.rpc.health import serve_health, serve_metrics
 from csi_quobyte.rpc.identity import IdentityService
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 25.0
 _GRACE_SHARE = 0.25
 RETRY_POOL_S = 10.0
+NODE_RECORD_EVERY_S = 600.0
 
 
 @click.command()
@@ -208,20 +211,33 @@ def _own_state_dir(state_dir: str) -> None:
 
 
 def _keep_node_record(pool: Pool, node_id: str) -> None:
-    """Write this node's record into a pool as soon as it is mounted: without it nothing can be attached here."""
+    """Write this node's record into a pool as soon as it is mounted: without it nothing can be attached here.
+
+    Later it is looked at now and then: it is written anew where it was lost, or the pool is another one.
+    """
     record = NodeRecord(id=node_id, driver_version=__version__, started_at=records.now())
     waiter = threading.Event()
     said = ""
     while True:
         try:
-            pool.open().put_node(record)
+            _ensure_node_record(pool.open(), record)
         except DriverError as error:
             if str(error) != said:  # not every ten seconds
                 log.warning("the node's record cannot be written to pool %s yet: %s", pool.name, error)
             said = str(error)
             waiter.wait(RETRY_POOL_S)
         else:
+            said = ""
+            waiter.wait(NODE_RECORD_EVERY_S)
+
+
+def _ensure_node_record(store: Store, record: NodeRecord) -> None:
+    """Write the record of this node process, unless it is there."""
+    with suppress(Corrupt):
+        present = store.find_node(record.id)
+        if present and present.started_at == record.started_at:
             return
+    store.put_node(record)
 
 
 def _serve(

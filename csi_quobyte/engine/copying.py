@@ -157,6 +157,9 @@ def _copy_chain(
     The file is made as that of a blank volume is, with its preallocation, and then filled.
     """
     chain = _sound_chain(store, source)
+    # what an upper layer hides of a lower one counts twice
+    needed_bytes = sum(found[1] for layer in chain if (found := store.image_bytes(layer)))
+    store.check_room(min(needed_bytes, target.size_bytes), f"the copy of layer {source}")
     opened = [ImageLayer(one.id, store.image_path(one), one.format) for one in chain]
     writer = images.blank(target.format, size_bytes=target.size_bytes, preallocation=preallocation)
     path = store.write_image(writer)

@@ -345,7 +345,11 @@ def _rebuilding(store: Store, found: Index, finding: Finding) -> _Task:
     if finding.path.endswith(f"/{records.LEASE_ID}.json"):
         raise Uncertain("its holder may be merging layers: stop all controllers of this pool, then remove it")
     if not record_id:
-        raise Uncertain("start the node plugin of that node again: it writes it anew")
+        return _Task(
+            "remove-note",
+            "that of a node; where its plugin runs, it writes it anew within ten minutes",
+            work=lambda: store.remove_damaged_node(finding.path.rpartition("/")[2]),
+        )
     if ".closed-" in finding.path:
         return _forgetting(store, found, record_id)
     if record_id not in found.unreadable:

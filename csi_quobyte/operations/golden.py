@@ -67,6 +67,7 @@ def import_image(store: Store, tools: QemuTools, request: ImportRequest, watch: 
         _held_still(path) as check_unchanged,
     ):
         size_bytes = _judged_size_bytes(tools, path, request.format)
+        store.check_room(min(_allocated_bytes(path), size_bytes), f"image {request.name!r}")
         made = store.write_image(images.blank("qcow2", size_bytes=size_bytes, preallocation="off"))
         try:
             jobs.copy_foreign(tools, path, request.format, made, watch=hold.watched(watch))
@@ -160,6 +161,11 @@ def _held_still(path: str) -> Iterator[Callable[[], None]]:
             raise Refused(f"{path} has changed while it was imported")
 
         yield check_unchanged
+
+
+def _allocated_bytes(path: str) -> int:
+    with _opened(path) as file:
+        return os.fstat(file.fileno()).st_blocks * 512
 
 
 def _opened(path: str) -> FileIO:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
-from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, NotFound, Refused, Unavailable
+from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
 from csi_quobyte.pool import files, layout, naming, primitives, records
 from csi_quobyte.pool.locks import Locks, is_written_by_qemu
 from csi_quobyte.pool.naming import Paths, is_record
@@ -35,6 +35,7 @@ from csi_quobyte.pool.records import (
     VolumeRecord,
     trash_id,
 )
+from csi_quobyte.pool.sizes import human
 from csi_quobyte.pool.steps import Observer, Steps, translated, write_all, write_whole
 from csi_quobyte.pool.versions import Prepared, Versions
 
@@ -114,6 +115,16 @@ class Store:
         with translated(self.root):
             found = os.statvfs(self.root)
         return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+    def check_room(self, needed_bytes: int, what: str) -> None:
+        """Check that there is space for something large before any of it is written: pods write into the rest.
+
+        Raises:
+            Exhausted: there is less than that.
+        """
+        _, available_bytes = self.space()
+        if available_bytes < needed_bytes:
+            raise Exhausted(f"{what} may take {human(needed_bytes)}, and the pool has {human(available_bytes)} left")
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock of a record id (or of a task such as "collector") in a with block.
@@ -521,14 +532,7 @@ class Store:
             "layers": self.find_layer,
             "trash": self.find_trashed,
         }
-        for pause_s in (0.0, _REREAD_PAUSE_S, _REREAD_PAUSE_S):
-            time.sleep(pause_s)
-            try:
-                finders[folder](record_id)
-            except Corrupt:
-                continue
-            return False
-        return True
+        return _stays_corrupt(lambda: finders[folder](record_id))
 
     def damaged_bytes(self, folder: str, record_id: str) -> bytes | None:
         """Give what stands in a record's file, whatever it is; None when there is none.
@@ -575,6 +579,21 @@ class Store:
                 # a claim of the damaged record must not become a change of a later record of this id
                 self._steps.discard(f"{directory}/{other}")
         self._steps.unlink(path)
+
+    def remove_damaged_node(self, name: str) -> None:
+        """Remove the record of a node, by its file's name, that cannot be read; the node, if there is one, writes anew.
+
+        Raises:
+            Busy: it can be read now, or was written at this moment.
+        """
+        path = f"{self.root}/nodes/{name}"
+        damaged = files.read(path)
+        if damaged is None:
+            return
+        if not _stays_corrupt(lambda: files.find(NodeRecord, path)):
+            raise Busy(f"{path} can be read now")
+        if not self._steps.unlink(path, only_if=lambda: files.read(path) == damaged):
+            raise Busy(f"{path} was written by its node")
 
     # --- images ------------------------------------------------------------------------------------------------
 
@@ -967,3 +986,15 @@ class Store:
     def discard_stray(self, folder: str, shard: str, name: str) -> None:
         """Remove a file in a shard that the caller has proved to belong to nothing."""
         self._steps.unlink(f"{self.root}/{folder}/{shard}/{name}")
+
+
+def _stays_corrupt(find: Callable[[], object]) -> bool:
+    """Say whether what `find` looks at cannot be read, in three looks over two seconds; see `Store.is_damaged`."""
+    for pause_s in (0.0, _REREAD_PAUSE_S, _REREAD_PAUSE_S):
+        time.sleep(pause_s)
+        try:
+            find()
+        except Corrupt:
+            continue
+        return False
+    return True

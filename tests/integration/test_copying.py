@@ -613,6 +613,25 @@ def test_copy_that_does_not_fit_leaves_nothing_and_the_next_call_is_told(
     copier.stop(PATIENCE_S)
 
 
+@pytest.mark.parametrize("mode", ["copy", "cache"])
+def test_copy_that_cannot_fit_is_not_begun(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """It would take the last space from the pods that write, and fail all the same."""
+    kit.create("v")
+    fill(kit, "v", 7, length_bytes=3 * MIB)
+    kit.snapshot("s", of="v")
+    kit.sweep_until_quiet()
+    before = tree(kit.store.root)
+    copier = kit.copies = Copier(other_convert(tmp_path, "exit 1"), "main", first_wait_s=10)  # type: ignore[assignment]
+    monkeypatch.setattr(kit.store, "space", lambda: (64 * MIB, MIB))
+    with pytest.raises(Exhausted, match="pool has 1 MiB left"):
+        kit.create("n", source=kit.from_snapshot("s"), clone_mode=mode)
+    copier.stop(10)
+    kit.sweep_until_quiet()
+    assert tree(kit.store.root) == before
+
+
 def test_request_of_the_same_name_is_not_told_of_anothers_failure(kit: Kit) -> None:
     kit.create("v")
     kit.snapshot("s", of="v")

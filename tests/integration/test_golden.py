@@ -20,7 +20,7 @@ from test_repair import same
 
 from csi_quobyte.engine import collector, repair
 from csi_quobyte.engine.hold import holding
-from csi_quobyte.errors import AlreadyExists, Busy, NotFound, OutOfRange, Refused, Unavailable
+from csi_quobyte.errors import AlreadyExists, Busy, Exhausted, NotFound, OutOfRange, Refused, Unavailable
 from csi_quobyte.host import jobs, qemu_img
 from csi_quobyte.host.qemu import ImageLayer
 from csi_quobyte.operations import golden
@@ -91,6 +91,15 @@ def test_compressed_image_is_written_uncompressed(kit: Kit, tmp_path: Path) -> N
     image = ImageLayer(made.layer, kit.store.image_path(kit.store.layer(made.layer)), "qcow2")
     assert qemu_img.compare(tools(), [image], [ImageLayer("p", str(tmp_path / "plain"), "qcow2")])
     assert kit.store.image_bytes(kit.store.layer(made.layer))[1] >= CLUSTER_BYTES  # type: ignore[index]
+
+
+def test_image_that_cannot_fit_is_not_begun(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = tree(kit.store.root)
+    monkeypatch.setattr(kit.store, "space", lambda: (64 * MIB, 4096))
+    monkeypatch.setattr("csi_quobyte.host.jobs.copy_foreign", None)
+    with pytest.raises(Exhausted, match="pool has 4 KiB left"):
+        import_file(kit, source(tmp_path / "file"))
+    assert tree(kit.store.root) == new
 
 
 def test_volumes_lie_on_the_image_and_outlive_it(kit: Kit, tmp_path: Path) -> None:

@@ -444,23 +444,45 @@ def test_torn_entry_of_the_trash_is_left_for_a_purge(kit: Kit) -> None:
     assert every_byte(kit.store.root) == before
 
 
-def test_torn_records_of_nodes_and_of_the_lease_are_reported(kit: Kit) -> None:
+def test_torn_record_of_the_lease_is_reported(kit: Kit) -> None:
     kit.create("v")
-    (node,) = Path(kit.store.root, "nodes").glob("*.json")
     lease = Path(kit.store.root, "collector.json")
-    for path in (node, lease):
-        path.write_bytes(b"{")
-    reasons = {Path(action.path): (action.action, action.done, action.reason) for action in repair(kit).actions}
-    assert reasons.keys() == {node, lease}
-    assert reasons[lease] == ("none", False, reasons[lease][2])
-    assert "stop all controllers" in reasons[lease][2]
-    assert "node plugin" in reasons[node][2]
+    lease.write_bytes(b"{")
+    (action,) = repair(kit).actions
+    assert (Path(action.path), action.action, action.done) == (lease, "none", False)
+    assert "stop all controllers" in action.reason
     kit.store.unmark(*lost_marker(kit))
     with pytest.raises(Busy, match="collector"):
         repair(kit)
     lease.unlink()
-    kit.add_node()
     assert repair(kit).after.findings == []
+
+
+def test_torn_record_of_a_node_is_removed(kit: Kit) -> None:
+    (node,) = Path(kit.store.root, "nodes").glob("*.json")
+    node.write_bytes(b"{")
+    outcome = repair(kit)
+    assert [(Path(action.path), action.action, action.done) for action in outcome.actions] == [
+        (node, "remove-note", True)
+    ]
+    assert outcome.after.findings == []
+    assert not node.exists()
+
+
+def test_record_of_a_node_that_is_written_at_that_moment_stays(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    (node,) = Path(kit.store.root, "nodes").glob("*.json")
+    whole = node.read_bytes()
+    node.write_bytes(b"{")
+    unlink = kit.store._steps.unlink
+
+    def late(path: str, **options: Any) -> bool:
+        node.write_bytes(whole)
+        return unlink(path, **options)
+
+    monkeypatch.setattr(kit.store._steps, "unlink", late)
+    with pytest.raises(Busy):
+        kit.store.remove_damaged_node(node.name)
+    assert node.read_bytes() == whole
 
 
 def lost_marker(kit: Kit) -> tuple[str, str]:

@@ -20,11 +20,12 @@ from pathlib import Path
 import pytest
 from controller_kit import OWNER, Elsewhere, Kit, tree
 
+from csi_quobyte.cli import serve
 from csi_quobyte.errors import Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
 from csi_quobyte.pool import images, presence, records, versions
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.layout import initialise, read_format
-from csi_quobyte.pool.records import LayerRecord, LayerState, Modes, Owner, Progress, VolumeState
+from csi_quobyte.pool.records import LayerRecord, LayerState, Modes, NodeRecord, Owner, Progress, VolumeState
 from csi_quobyte.pool.store import Store
 
 INCREMENTS = int(os.environ.get("CSI_QUOBYTE_INCREMENTS", "500"))  # by each of two processes; make scale: 5000
@@ -161,6 +162,24 @@ def test_remove_of_what_is_gone_succeeds(store: Store) -> None:
     layer = new_layer(store)
     store.remove(layer)
     store.remove(layer)
+
+
+def test_record_of_a_node_is_written_again_only_when_it_is_lost_torn_or_another_process(store: Store) -> None:
+    record = NodeRecord(id="n1", driver_version="1", started_at=records.now())
+    path = Path(store._paths.node("n1"))
+    serve._ensure_node_record(store, record)
+    written = path.read_bytes()
+    serve._ensure_node_record(store, record)
+    assert path.read_bytes() == written
+    for spoil in (path.unlink, lambda: path.write_bytes(b"{")):
+        spoil()
+        serve._ensure_node_record(store, record)
+        found = store.find_node("n1")
+        assert found
+        assert found.started_at == record.started_at
+    written = path.read_bytes()
+    serve._ensure_node_record(store, replace(record, started_at=records.now()))
+    assert path.read_bytes() != written
 
 
 # --- claims of dead processes ----------------------------------------------------------------------------------
