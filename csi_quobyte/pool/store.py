@@ -910,13 +910,11 @@ class Store:
 
     def is_over(self, job: JobRecord) -> bool:
         """Say whether a job goes on no more: this process knows its own, of others on this mount their locks tell
-        whether they live, elsewhere a job is over when it is not renewed any more.
+        whether they are dead; one that is not surely dead is over when it is not renewed any more, because it may hang.
         """
         if job.id in self._jobs_over:
             return True
-        if self.is_alive(job.token):
-            return False
-        if job.place == self.place:
+        if job.place == self.place and not self.is_alive(job.token):
             return True
         seen = self._jobs_seen.get(job.id)
         if seen is None or seen[:2] != (job.generation, job.nonce):

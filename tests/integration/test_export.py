@@ -29,6 +29,7 @@ from csi_quobyte.host import qemu_img as product
 from csi_quobyte.host.qemu import ImageFormat, ImageLayer
 from csi_quobyte.operations import exporting
 from csi_quobyte.operations.exporting import ExportRequest
+from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import Content
 from csi_quobyte.pool.sizes import MIB, SizeRange
 from csi_quobyte.pool.steps import Observer
@@ -561,6 +562,23 @@ def test_process_of_another_host_that_is_gone(written: Kit, out: Path, monkeypat
     assert once.is_done
     assert holds(out / "file", "qcow2", 1, 2, 3)
     elsewhere.close()
+    assert is_left_clean(written)
+
+
+def test_process_that_lives_and_hangs_is_ended_and_notices(
+    written: Kit, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_JOB_S", -1.0)
+    controller = Store(written.store.root)
+
+    def look() -> None:
+        for _ in range(2):
+            collector.sweep(controller)
+
+    with pytest.raises(jobs.Stopped):
+        export(written, out / "file", watch=Once(look))
+    assert os.listdir(out) == []
+    controller.close()
     assert is_left_clean(written)
 
 
