@@ -57,7 +57,8 @@ class ExportRequest:
 def export(store: Store, tools: QemuTools, request: ExportRequest, watch: jobs.Watch) -> int:
     """Write the image file; durable under its name on return, with mode 0600. Gives its virtual size in bytes.
 
-    After an error nothing is left and an existing file is as it was. After SIGKILL the collector frees what
+    After an error nothing is left and an existing file is as it was, unless the error says otherwise (the very last
+    fsync has failed). After SIGKILL the collector frees what
     was held, and the next export to the same file removes the unfinished one.
 
     Raises:
@@ -205,8 +206,8 @@ def _checked_target(store: Store, request: ExportRequest) -> str:
     with _spoken(directory):
         directory = os.path.realpath(directory, strict=True)
         root = os.path.realpath(store.root)
-        if os.path.commonpath([directory, root]) == root:
-            raise Refused(f"{request.path} lies in the pool: what is not the driver's own has no place there")
+        if os.path.commonpath([directory, root]) == root or _is_in_a_pool(directory):
+            raise Refused(f"{request.path} lies in a pool: what is not the driver's own has no place there")
         target = os.path.join(directory, name)
         try:
             mode = os.lstat(target).st_mode
@@ -217,6 +218,12 @@ def _checked_target(store: Store, request: ExportRequest) -> str:
     if not request.replace:
         raise AlreadyExists(f"{request.path} exists")
     return target
+
+
+def _is_in_a_pool(directory: str) -> bool:
+    """Say whether a directory lies in some pool, by what is in the directories above it."""
+    above = [Path(directory), *Path(directory).parents]
+    return any((one / "format.json").is_file() and (one / "layers").is_dir() for one in above)
 
 
 @contextmanager
@@ -269,11 +276,16 @@ def _publish(partial: str, target: str, *, may_replace: bool) -> None:
             os.rename(partial, target)
         else:
             _rename_to_new(partial, target)
+    try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+    except OSError as error:
+        raise Unavailable(
+            f"{target} is there and whole, but a power cut may still take its name away: {error.strerror}"
+        ) from error
 
 
 def _rename_to_new(partial: str, target: str) -> None:

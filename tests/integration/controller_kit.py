@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -38,6 +38,7 @@ from csi_quobyte.pool.records import (
     Source,
     VolumeRecord,
     VolumeState,
+    parse_marker,
 )
 from csi_quobyte.pool.sizes import MIB, SizeRange
 from csi_quobyte.pool.store import Store
@@ -75,6 +76,24 @@ def tree(root: str | Path) -> Tree:
             path = Path(directory, name)
             found[str(path.relative_to(root))] = "directory" if path.is_dir() else f"{path.stat().st_size} bytes"
     return found
+
+
+def disagreements(store: Store) -> Iterator[tuple[str, str, str]]:
+    """Give (layer id, marker, rule) where a rule does not see what a finished record needs by `check.needed`.
+
+    Who drops layers and removes markers goes by these rules, each for its own moment; for a quiet pool they are one.
+    """
+    found, names = index.read(store), index.read_names(store)
+    for layer_id, text, _ in check_module.needed(found):
+        marker = parse_marker(text)
+        assert marker, text
+        rules = {
+            "Index.needs": found.needs(layer_id, marker),
+            "Index.named_layers": layer_id in found.named_layers,
+            "read_names": layer_id in names.named,
+            "is_needed_now": index.is_needed_now(store, layer_id, marker),
+        }
+        yield from ((layer_id, text, rule) for rule, sees in rules.items() if not sees)
 
 
 def new_request(name: str, **changes: object) -> CreateRequest:
@@ -312,8 +331,13 @@ class Kit:
     # --- looking -----------------------------------------------------------------------------------------------
 
     def check(self) -> list[check_module.Finding]:
-        """All findings of `check`, with the real qemu-img looking into every image."""
-        return check_module.check(self.store, self.check_image).findings
+        """All findings of `check`, with the real qemu-img looking into every image; a pool without any is also asked
+        whether all rules of what needs a layer say the same.
+        """
+        findings = check_module.check(self.store, self.check_image).findings
+        if not findings:
+            assert list(disagreements(self.store)) == []
+        return findings
 
     def check_image(self, path: str, image_format: str) -> tuple[int, int]:
         """Look into an image with the real qemu-img; gives errors and leaked clusters."""

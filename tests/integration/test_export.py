@@ -4,6 +4,7 @@ Axes: the source (volume, snapshot, clone, golden image, grown, copied), the for
 ends, and what happens to the source while it is read.
 """
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from controller_kit import QEMU_DIR, SIZE_BYTES, Elsewhere, Kit, qemu_io, tools, tree, write_disk
+from controller_kit import OWNER, QEMU_DIR, SIZE_BYTES, Elsewhere, Kit, qemu_io, tools, tree, write_disk
 from merging_kit import begin, two_layers
 from running import qemu_img
 from test_crash_steps import EVERY, SEED, Runner
@@ -30,7 +31,8 @@ from csi_quobyte.host.qemu import ImageFormat, ImageLayer
 from csi_quobyte.operations import exporting
 from csi_quobyte.operations.exporting import ExportRequest
 from csi_quobyte.pool import store as store_module
-from csi_quobyte.pool.records import Content
+from csi_quobyte.pool.layout import initialise
+from csi_quobyte.pool.records import Content, Modes
 from csi_quobyte.pool.sizes import MIB, SizeRange
 from csi_quobyte.pool.steps import Observer
 from csi_quobyte.pool.store import Store
@@ -221,8 +223,11 @@ def test_what_is_not_there_is_named(written: Kit, out: Path) -> None:
     assert os.listdir(out) == []
 
 
-def test_target_is_a_new_plain_file_outside_of_the_pool(written: Kit, out: Path) -> None:
+def test_target_is_a_new_plain_file_outside_of_any_pool(written: Kit, out: Path, tmp_path: Path) -> None:
     before = tree(written.store.root)
+    other = tmp_path / "other"
+    other.mkdir()
+    initialise(str(other), owner=OWNER, modes=Modes())
     (out / "file").write_bytes(b"mine")
     (out / "link").symlink_to(out / "file")
     (out / "pool").symlink_to(written.store.root)
@@ -234,6 +239,8 @@ def test_target_is_a_new_plain_file_outside_of_the_pool(written: Kit, out: Path)
         Path("/dev/null"),
         out / "pool" / "file",
         Path(written.store.root, "tmp", "file"),
+        other / "file",
+        other / "jobs" / "file",
     ):
         with pytest.raises(Refused):
             export(written, target, may_replace=True)
@@ -242,6 +249,22 @@ def test_target_is_a_new_plain_file_outside_of_the_pool(written: Kit, out: Path)
     export(written, out / "file", may_replace=True)
     assert is_same(written, out / "file")
     assert sorted(os.listdir(out)) == ["file", "link", "pool"]
+
+
+def test_name_that_may_not_be_durable_is_said(written: Kit, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is there all the same: nothing else may say that it is not."""
+    fsync = os.fsync
+
+    def fails(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(out):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(exporting.os, "fsync", fails)
+    with pytest.raises(Unavailable, match="is there and whole"):
+        export(written, out / "file")
+    assert is_same(written, out / "file")
+    assert os.listdir(out) == ["file"]
 
 
 def test_file_that_appears_meanwhile_is_not_replaced(written: Kit, out: Path) -> None:
