@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,8 @@ import click
 from csi_quobyte.cli import options
 from csi_quobyte.cli.opening import open_pools
 from csi_quobyte.cli.show import print_columns, space_now
-from csi_quobyte.engine import layers
 from csi_quobyte.engine import trash as engine
-from csi_quobyte.errors import Busy, Corrupt, DriverError, NotFound
+from csi_quobyte.errors import Busy, Corrupt, NotFound
 from csi_quobyte.pool import records
 from csi_quobyte.pool.mount import RequireMount
 from csi_quobyte.pool.pools import Pool
@@ -135,7 +134,9 @@ def purge(
     require_mount: RequireMount,
     as_json: bool,
 ) -> None:
-    """Give up for good what is in the trash, and free its space. On a terminal it asks first."""
+    """Give up for good what is in the trash. On a terminal it asks first. The controller frees the space at its next
+    look, about every five minutes; csi-quobyte gc does it at once.
+    """
     if sum((bool(entry_ids), everything, expired)) != 1:
         raise click.UsageError("give either ids, or --all, or --expired")
     with open_pools(pool, require_mount) as opened:
@@ -169,7 +170,7 @@ def _purge_each(chosen: Sequence[tuple[Pool, str]], as_json: bool) -> int:
     failed = 0
     for one, entry_id in chosen:
         try:
-            one.run(_purging(entry_id))
+            one.run(partial(engine.purge, entry_id=entry_id))
         except (NotFound, Busy, Corrupt) as error:
             failed += 1
             click.echo(f"csi-quobyte: {error}", err=True)
@@ -179,17 +180,6 @@ def _purge_each(chosen: Sequence[tuple[Pool, str]], as_json: bool) -> int:
         else:
             click.echo(f"purged {entry_id}")
     return failed
-
-
-def _purging(entry_id: str) -> Callable[[Store], None]:
-    def work(store: Store) -> None:
-        released = engine.purge(store, entry_id)
-        try:
-            layers.drop_upwards(store, released)
-        except DriverError as error:  # it is purged; the collector finds the layer
-            click.echo(f"csi-quobyte: its space is freed by the controller: {error}", err=True)
-
-    return work
 
 
 def _owner(opened: Sequence[tuple[Pool, Store]], entry_id: str) -> Pool:

@@ -214,7 +214,8 @@ def _is_written(store: Store, layer: LayerRecord) -> bool:
 
 
 def needed(found: Index) -> Iterator[tuple[str, str, str]]:
-    """Give (layer id, marker, who needs it) for every reference that finished records make."""
+    """Give (layer id, marker, who needs it) for every reference that finished records make, and pinned copies."""
+    yield from _copied(found)
     for volume in found.volumes.values():
         if not volume.unfinished and volume.state is VolumeState.READY:
             yield volume.head, volume_marker(volume), volume.id
@@ -234,10 +235,28 @@ def needed(found: Index) -> Iterator[tuple[str, str, str]]:
             yield layer.parent, child_marker(layer.id), layer.id
 
 
+def _copied(found: Index) -> Iterator[tuple[str, str, str]]:
+    for volume in found.volumes.values():
+        if volume.pinned and volume.parent and volume.state is VolumeState.CREATING:
+            yield volume.parent, child_marker(volume.head), volume.id  # its source may be deleted
+
+
+def _held_for_a_while(found: Index) -> Iterator[tuple[str, str, str]]:
+    """Give the same for jobs and for what is on the way into or out of the trash: its marker may not be there yet, or
+    not any more.
+    """
+    for job in found.jobs.values():
+        if job.layer:
+            yield job.layer, child_marker(job.id), job.id
+    for entry_id, entry in found.trash.items():
+        if not entry.trash or entry.trash.state is not TrashState.KEPT:
+            yield layer_of(entry), marker_of(entry), entry_id
+
+
 def unmarked_layers(found: Index) -> dict[str, list[str]]:
-    """Give the layers that finished records need, with the markers of that which are not there: damage."""
+    """Give the layers that records need, with the markers of that which are not there: of finished ones, damage."""
     unmarked: dict[str, list[str]] = {}
-    for layer_id, marker, _ in needed(found):
+    for layer_id, marker, _ in (*needed(found), *_held_for_a_while(found)):
         if marker not in found.refs.get(layer_id, ()):
             unmarked.setdefault(layer_id, []).append(marker)
     return unmarked

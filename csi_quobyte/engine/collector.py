@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from datetime import datetime
+from functools import cached_property, partial
 
 from csi_quobyte import telemetry
 from csi_quobyte.engine import copying, hold, layers, merging, removal, trash
@@ -38,6 +39,7 @@ from csi_quobyte.pool.records import (
     ImageState,
     LayerRecord,
     LayerState,
+    Marker,
     SnapshotState,
     TrashState,
     VolumeState,
@@ -61,6 +63,10 @@ _PASSES_AT_MOST = 5
 # between passes when a claim is in the way: some passes later it counts as a dead process's
 _CLAIM_PAUSE_S = 1.0
 _LOCK = "collector"
+SETTLE_S = 2.2
+"""So long after its first look a pass waits before it looks again for who may need what it is about to remove: a client
+may show a directory as it was a second ago."""
+_SETTLE_STEP_S = 0.1
 
 
 @dataclass
@@ -78,6 +84,11 @@ class Report:
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nothing was done, and something is left."""
+        return bool(self.left) and sum(vars(self).values()) == self.left
 
 
 class Collector:
@@ -100,7 +111,7 @@ class Collector:
         self._others_copies: set[str] = set()
         self._resume_at = 0.0
         self._merger = Merger(pool, tools, self.release, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
-        self._unmarked: dict[str, list[str]] = {}
+        self._unmarked: dict[str, list[str]] | None = None  # not known before the first look at everything
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._said = ""
@@ -185,7 +196,7 @@ class Collector:
                 return True
             # it is referred to, or something was in the way of dropping it
             self._merger.look_at(layer_id)
-            return bool(store.markers(layer_id))
+            return self._unmarked is None or bool(store.markers(layer_id))
         except Busy as error:
             log.info("collector of pool %s: %s", self._pool.name, error)
         except DriverError as error:
@@ -211,13 +222,18 @@ class Collector:
     def _is_needed_unmarked(self, store: Store, layer_id: str) -> bool:
         """Say whether a record needs a layer whose marker of that was missing at the last look at everything.
 
-        Then only the next such look may say that nothing needs the layer.
+        Then only the next such look may say that nothing needs the layer, as before the first one.
         """
+        if self._unmarked is None:
+            return True
         missing = set(self._unmarked.get(layer_id, ()))
         if not missing:
             return False
         missing -= set(store.markers(layer_id) or ())
-        return any(index_module.is_needed_now(store, layer_id, one) for one in map(parse_marker, missing) if one)
+        markers = [marker for marker in map(parse_marker, missing) if marker]
+        # a child without a record may be the head of a volume that is being copied
+        is_copied = any(marker.kind == "c" and store.find_layer(marker.id) is None for marker in markers)
+        return is_copied or any(index_module.is_needed_now(store, layer_id, marker) for marker in markers)
 
     def _sweep_until_quiet(self, store: Store) -> Work:
         """Look again after a pass that did something: what it removed may have been the last owner of more.
@@ -256,11 +272,15 @@ def collect(store: Store, tools: QemuTools, *, merges: bool, purges: bool = True
         Busy: another process does this now.
     """
     lease = Lease()
+    stuck = 0
     try:
         while True:
             report, found = _sweep(store, no_pace, purges=purges)
-            if report:
+            stuck = stuck + 1 if report.is_stuck else 0
+            if report and stuck < _PASSES_AT_MOST:
                 yield Collected(report)
+                if stuck:
+                    time.sleep(_CLAIM_PAUSE_S)
                 continue
             work = work_in(found, store)
             if not work.begun and not work.left and not (merges and work.free):
@@ -270,7 +290,7 @@ def collect(store: Store, tools: QemuTools, *, merges: bool, purges: bool = True
             rest = end_begun(store, tools, work, is_held=lambda: lease.is_safe(store))
             busy = (rest.begun, rest.left) != (work.begun, work.left)
             for layer_id in work.free if merges else ():
-                plan = plan_near(store, layer_id)
+                plan = plan_near(store, layer_id, unmarked=work.unmarked)
                 if plan is None or not merging.has_space(store, plan):
                     continue
                 if merging.merge(store, tools, plan, is_held=lambda: lease.is_safe(store)):
@@ -285,7 +305,7 @@ def collect(store: Store, tools: QemuTools, *, merges: bool, purges: bool = True
 def plans(store: Store) -> list[Plan]:
     """Give the merges that a pool's contents call for, those that move the least first."""
     work = work_in(index_module.read(store), store)
-    return [plan for layer_id in work.free if (plan := plan_near(store, layer_id))]
+    return [plan for layer_id in work.free if (plan := plan_near(store, layer_id, unmarked=work.unmarked))]
 
 
 def sweep(store: Store, *, pace: Callable[[], None] = no_pace) -> Report:
@@ -304,31 +324,61 @@ def _sweep(store: Store, pace: Callable[[], None], *, purges: bool = True) -> tu
     with store.lock(_LOCK):
         report = Report()
         found = index_module.read(store, brief=True, pace=pace)
+        second = _SecondLook(store, pace)
         _end_dead_jobs(store, found, report)
         _finish_deletes(store, found, report)
         _empty_trash(store, found, report, purges=purges)
         _finish_freezes(store, found, report)
-        _undo_announced(store, found, report)
+        _revoke_announced(store, found, report)
         if found.unreadable:
             log.error(
                 "nothing without a known owner is removed while these records cannot be read: %s",
                 "; ".join(found.unreadable.values()),
             )
             if all(is_layer_id(record_id) for record_id in found.unreadable):
-                _drop_unreferenced(store, found, report, pace)
-                _remove_markers_of_nothing(store, found, report)
+                _drop_unreferenced(store, found, report, second)
+                _remove_markers_of_nothing(store, found, report, second)
                 _remove_damaged_layers(store, found, report)
         else:
             _end_dead_caches(store, found, report)
             if report:
                 del found
                 found = index_module.read(store, brief=True, pace=pace)
+                second = _SecondLook(store, pace)
             if not found.unreadable:  # what could be read at first may be unreadable at the second look
-                _remove_stale_markers(store, found, report, pace)
-                _drop_unreferenced(store, found, report, pace)
+                _remove_stale_markers(store, found, report, second)
+                _drop_unreferenced(store, found, report, second)
                 _remove_orphan_files(store, found, report)
         _clean_temporaries(store, report)
         return report, found
+
+
+class _SecondLook:
+    """Which layers records name, read once more in a pass that is about to remove something.
+
+    What an intent needs only a look at all intents can tell. A client may show a directory as it was a second ago, so
+    that the first look has missed one; whoever was about to write it then has written it now.
+    """
+
+    def __init__(self, store: Store, pace: Callable[[], None]) -> None:
+        self._store = store
+        self.pace = pace
+        self._first_ended = time.monotonic()
+
+    @cached_property
+    def names(self) -> index_module.Names:
+        """What is named now; the first call waits."""
+        until = self._first_ended + SETTLE_S
+        while time.monotonic() < until:
+            time.sleep(_SETTLE_STEP_S)
+            self.pace()
+        return index_module.read_names(self._store, pace=self.pace)
+
+    def needs(self, layer_id: str, marker: Marker) -> bool:
+        """Say whether something that is being made may need a marker: of a child, or on a layer, that is intended."""
+        if self.names.unreadable:
+            return True
+        return (marker.id if marker.kind == "c" else layer_id) in self.names.intended
 
 
 @contextmanager
@@ -382,11 +432,15 @@ def _finish_deletes(store: Store, found: Index, report: Report) -> None:
 
 def _empty_trash(store: Store, found: Index, report: Report, *, purges: bool) -> None:
     """Purge what was kept for long enough, and finish the purges and restores that a crash has left."""
-    now = records.now()
+    now: datetime | None = None
     for entry_id, entry in found.trash.items():
         state = entry.trash.state if entry.trash else TrashState.KEPT
-        if state is TrashState.KEPT and not (purges and trash.is_expired(entry, now)):
-            continue
+        if state is TrashState.KEPT:
+            if not purges or not trash.is_expired(entry, records.now()):
+                continue
+            now = now or store.time()  # this host's clock may be wrong
+            if not trash.is_expired(entry, now):
+                continue
         with _if_free(store, report):
             if state is TrashState.RESTORING:
                 trash.go_on_restoring(store, entry_id)
@@ -426,13 +480,13 @@ def _end_dead_jobs(store: Store, found: Index, report: Report) -> None:
             continue
         with _if_free(store, report):
             # One that has renewed it at this moment after all is left alone; from here on it cannot renew it any more.
-            report.layers += hold.end(store, store.swap(job, job))
+            hold.end(store, store.swap(job, job))
             report.files += 1
             log.info("the process has ended that made this: %s", job.what)
     for snapshot_id, job_id in found.orphaned_snapshots():
         with _if_free(store, report):
             if store.find_job(job_id) is None:
-                report.layers += layers.drop_upwards(store, hold.drop_snapshot(store, job_id))
+                hold.drop_snapshot(store, job_id)
                 report.files += 1
                 log.info("the export has ended that took snapshot %s", snapshot_id)
 
@@ -445,27 +499,30 @@ def _end_dead_caches(store: Store, found: Index, report: Report) -> None:
                 report.files += free and copying.end_dead_cache(store, snapshot.id)
 
 
-def _undo_announced(store: Store, found: Index, report: Report) -> None:
-    """Undo the blank volumes whose making a crash has ended; one that is being made now has its lock held."""
+def _revoke_announced(store: Store, found: Index, report: Report) -> None:
+    """Take away the announcements of blank volumes whose making a crash has ended; one that is being made now has its
+    lock held. From then on nobody can publish it; if somebody had, its record is seen by the further looks of this pass
+    and the next, which take away what is left of one that nobody has.
+    """
     for layer_id, volume_id in found.announced.items():
         with _if_free(store, report, volume_id) as free:
             if free:
-                layers.undo_announced(store, volume_id, layer_id)
+                store.revoke(volume_id, layer_id)
                 report.files += 1
 
 
-def _remove_stale_markers(store: Store, found: Index, report: Report, pace: Callable[[], None]) -> None:
+def _remove_stale_markers(store: Store, found: Index, report: Report, second: _SecondLook) -> None:
     """Take away markers that no record justifies.
 
     The records were read after the markers, so none is about to come for the first time. But they were not all read at
-    one moment: what had still been an intent when the volume was read may have become its head since. So the owner
-    is read once more, under its lock, before anything is removed.
+    one moment: what had still been an intent when the volume was read may have become its head since. So all intents
+    are read once more, and then the owner, under its lock, before anything is removed.
     """
     for layer_id, names in list(found.refs.items()):
-        pace()
+        second.pace()
         for name in names:
             marker = parse_marker(name)
-            if marker is None or found.needs(layer_id, marker):
+            if marker is None or found.needs(layer_id, marker) or second.needs(layer_id, marker):
                 continue
             locks = [marker.id] if marker.kind in {"v", "s", "i"} else []
             with _if_free(store, report, *locks) as free:
@@ -477,18 +534,18 @@ def _remove_stale_markers(store: Store, found: Index, report: Report, pace: Call
                     report.markers += 1
 
 
-def _drop_unreferenced(store: Store, found: Index, report: Report, pace: Callable[[], None]) -> None:
+def _drop_unreferenced(store: Store, found: Index, report: Report, second: _SecondLook) -> None:
     """Drop the layers without markers, and go on with a drop that a crash has interrupted.
 
-    Besides the markers, no record may name them; for that all records are read anew, after the markers were seen empty.
-    A marker that was lost is damage, which check reports.
+    Besides the markers, no record may name them; for that all records are read anew, after those were that the first
+    look has seen without a need. A marker that was lost is damage, which check reports.
     """
     candidates = [
         layer for layer in found.layers.values() if not found.refs.get(layer.id) and not store.markers(layer.id)
     ]
     if not candidates:
         return
-    now = index_module.read_names(store, pace=pace)
+    now = second.names
     below = _below_damaged(store, found)
     # what is damaged may lie on a layer that has lost its marker; what was decided before goes on
     candidates = [
@@ -537,7 +594,7 @@ def _as_it_may_be(layer_id: str, image_format: ImageFormat) -> LayerRecord:
     return LayerRecord(id=layer_id, file=file, format=image_format, size_bytes=0, parent=None, state=LayerState.FROZEN)
 
 
-def _remove_markers_of_nothing(store: Store, found: Index, report: Report) -> None:
+def _remove_markers_of_nothing(store: Store, found: Index, report: Report, second: _SecondLook) -> None:
     """Take the markers of children of which nothing is left, neither record nor file, out of layers with torn records:
     one that all of its children have left would stay for ever.
 
@@ -547,6 +604,8 @@ def _remove_markers_of_nothing(store: Store, found: Index, report: Report) -> No
         for name in found.refs.get(layer_id, []):
             marker = parse_marker(name)
             if marker is None or marker.kind != "c" or found.needs(layer_id, marker):
+                continue
+            if marker.id in second.names.intended or second.names.unreadable.keys() - found.unreadable.keys():
                 continue
             with _if_free(store, report):
                 if not _is_anything_left(store, marker.id) and not index_module.is_needed_now(store, layer_id, marker):

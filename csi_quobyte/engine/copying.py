@@ -372,7 +372,7 @@ def _give_up_cache(store: Store, snapshot: SnapshotRecord, entry: str) -> None:
         current = store.find_snapshot(snapshot.id)
         if current and current.cache == entry:
             store.swap(current, replace(current, cache=None))
-    layers.abandon(store, entry, snapshot_marker(snapshot), parent=snapshot.layer)
+    layers.abandon(store, entry, snapshot_marker(snapshot), parent=snapshot.layer, intent=snapshot.id)
 
 
 def _is_wanted(store: Store, snapshot: SnapshotRecord) -> bool:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 
-from csi_quobyte.engine import layers, removal
+from csi_quobyte.engine import removal
 from csi_quobyte.errors import Busy, DriverError
 from csi_quobyte.host import jobs
 from csi_quobyte.pool import records
@@ -147,22 +147,20 @@ def holding(store: Store, what: str) -> Iterator[Hold]:
             log.warning("left to the collector, the hold of %s: %s", what, error)
 
 
-def end(store: Store, job: JobRecord) -> int:
-    """Let go of all that a job holds: its snapshot, its marker, its record; gives how many layers were dropped then.
+def end(store: Store, job: JobRecord) -> None:
+    """Let go of all that a job holds: its snapshot, its marker, its record. What nothing needs then is the collector's.
 
     Raises:
         Busy: another operation on the volume is running; the record is still there.
     """
-    left = drop_snapshot(store, job.id)
+    drop_snapshot(store, job.id)
     if job.layer:
         store.unmark(job.layer, child_marker(job.id))
     store.remove(job)
-    # the snapshot or volume may have been deleted meanwhile; what cannot be dropped now is found by the collector
-    return sum(layers.drop_upwards(store, layer_id) for layer_id in {left, job.layer} - {None} if layer_id)
 
 
-def drop_snapshot(store: Store, job_id: str) -> str | None:
-    """Take away the snapshot that a job has taken for itself, if there is one; gives the layer that it leaves.
+def drop_snapshot(store: Store, job_id: str) -> None:
+    """Take away the snapshot that a job has taken for itself, if there is one.
 
     Raises:
         Busy: another operation on the volume is running.
@@ -171,7 +169,8 @@ def drop_snapshot(store: Store, job_id: str) -> str | None:
     snapshot = store.find_snapshot(snapshot_id)
     if snapshot is None:
         store.settle_name(snapshot_id)
-        return None
+        return
     with store.lock(snapshot.source_volume), store.lock(snapshot_id):
         current = store.find_snapshot(snapshot_id)
-        return removal.remove_snapshot(store, current) if current else None
+        if current:
+            removal.remove_snapshot(store, current)

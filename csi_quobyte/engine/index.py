@@ -217,16 +217,20 @@ class Index:
 
 @dataclass
 class Names:
-    """Which layers the records of a pool name, and which of them are held by more than other layers; see `Index`."""
+    """Which layers the records of a pool name, which of them are held by more than other layers, and which ones
+    somebody may be making; see `Index`.
+    """
 
     named: set[str] = field(default_factory=set)
     held: set[str] = field(default_factory=set)
+    intended: set[str] = field(default_factory=set)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def add(self, part: Index) -> None:
         """Add what a part of the pool names; what a record names does not depend on the other ones."""
         self.named.update(part.named_layers)
         self.held |= part.held_layers
+        self.intended |= part.intended_layers
 
 
 def markers_of_trashed(entry: Deletable) -> list[str]:
@@ -238,7 +242,7 @@ def markers_of_trashed(entry: Deletable) -> list[str]:
 
 
 def is_needed_now(store: Store, layer_id: str, marker: Marker) -> bool:
-    """Say whether the record that a marker names justifies it at this moment.
+    """Say whether the record that a marker names justifies it at this moment; what an intent needs is not seen.
 
     An object is looked for in the order in which it moves: what a restore is about to publish, record, trash. It is at
     the next place before it leaves the one before.
@@ -319,9 +323,9 @@ def read(store: Store, *, brief: bool = False, pace: Callable[[], None] = no_pac
     return index
 
 
-def read_names(store: Store, *, pace: Callable[[], None] = no_pace) -> Names:
+def read_names(store: Store, *, besides: str = "", pace: Callable[[], None] = no_pace) -> Names:
     """Read which layers are named now: announcements first, the records that they become after; images before volumes,
-    the trash before and after the records, jobs after what they read; see `read`.
+    the trash before and after the records, jobs after what they read; see `read`. What `besides` names is left out.
     """
     found = Names()
     announced = Index()
@@ -329,18 +333,26 @@ def read_names(store: Store, *, pace: Callable[[], None] = no_pace) -> Names:
         announced.strays += [Stray("volumes", shard, name) for name in names if ".new-" in name]
         pace()
     found.add(announced)
-    for images in _parts(_records(store.image_ids(), store.find_image, found.unreadable, pace)):
+
+    def parts(ids: Iterable[str], find: Callable[[str], T | None]) -> Iterator[dict[str, T]]:
+        others = (record_id for record_id in ids if record_id != besides)
+        return _parts(_records(others, find, found.unreadable, pace))
+
+    def entries_of_trash() -> Iterator[dict[str, Deletable]]:
+        return _parts(_entries(store, store.trash_ids(), found.unreadable, pace))
+
+    for images in parts(store.image_ids(), store.find_image):
         found.add(Index(images=images))
-    for entries in _parts(_entries(store, store.trash_ids(), found.unreadable, pace)):
+    for entries in entries_of_trash():
         found.add(Index(trash=entries))
-    for volumes in _parts(_records(store.volume_ids(), store.find_volume, found.unreadable, pace)):
+    for volumes in parts(store.volume_ids(), store.find_volume):
         found.add(Index(volumes=volumes))
-    for snapshots in _parts(_records(store.snapshot_ids(), store.find_snapshot, found.unreadable, pace)):
+    for snapshots in parts(store.snapshot_ids(), store.find_snapshot):
         found.add(Index(snapshots=snapshots))
-    for entries in _parts(_entries(store, store.trash_ids(), found.unreadable, pace)):
+    for entries in entries_of_trash():
         found.add(Index(trash=entries))
     found.add(Index(jobs=dict(_jobs(store, found.unreadable, pace))))
-    for layers in _parts(_records(store.layer_ids(), store.find_layer, found.unreadable, pace)):
+    for layers in parts(store.layer_ids(), store.find_layer):
         found.add(Index(layers=layers))
     return found
 

@@ -380,10 +380,13 @@ def freeze_passed(store: Store, layer_id: str) -> bool:
     return True
 
 
-def abandon(store: Store, layer_id: str, marker: str | None, *, parent: str | None) -> None:
-    """Undo a layer that was made for an intent and never became anything, whatever of it exists.
+def abandon(store: Store, layer_id: str, marker: str | None, *, parent: str | None, intent: str) -> None:
+    """Undo a layer that was made for an intent, of that record's id, and never became anything, whatever of it exists.
 
     The parent's child marker goes last: until then the parent cannot be dropped under a half-made child.
+
+    Raises:
+        Busy: something else refers to the layer.
     """
     if marker:
         store.unmark(layer_id, marker)
@@ -393,11 +396,19 @@ def abandon(store: Store, layer_id: str, marker: str | None, *, parent: str | No
         log.error("removing a layer whose record cannot be read: %s", error)
         is_whole = False
     if is_whole:
-        drop(store, layer_id)
+        # an earlier undo may have died right after it had removed the refs; or they are lost, and the layer is needed
+        is_refless = store.markers(layer_id) is None
+        drop(store, layer_id, is_unnamed=is_refless and not _is_named(store, layer_id, besides=intent))
     else:
         remove_damaged(store, layer_id)
     if parent:  # a whole copy has no parent in its record, and its marker is there all the same
         store.unmark(parent, child_marker(layer_id))
+
+
+def _is_named(store: Store, layer_id: str, *, besides: str) -> bool:
+    """Say whether a record names a layer, or may: reads all of them."""
+    names = index.read_names(store, besides=besides)
+    return bool(names.unreadable) or layer_id in names.named or layer_id in names.held
 
 
 def undo_announced(store: Store, volume_id: str, layer_id: str) -> None:
@@ -416,7 +427,7 @@ def undo_announced(store: Store, volume_id: str, layer_id: str) -> None:
         return
     for marker in markers:
         store.unmark(layer_id, marker)
-    abandon(store, layer_id, None, parent=None)
+    abandon(store, layer_id, None, parent=None, intent=volume_id)
 
 
 def remove_damaged(store: Store, layer_id: str) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from csi_quobyte import telemetry
 from csi_quobyte.engine import merging
+from csi_quobyte.engine.check import unmarked_layers
 from csi_quobyte.engine.index import Index
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merging import Ask, Plan
@@ -44,6 +45,8 @@ class Work:
     """Pairs (layer, child) of markers of children that have another parent now."""
     free: tuple[str, ...] = ()
     """Layers that nothing but one other layer refers to, small ones first, and heads of long chains."""
+    unmarked: frozenset[str] = frozenset()
+    """Layers that a record needs and whose marker of that is lost: nothing may change or remove them."""
 
 
 def work_in(found: Index, store: Store, *, pace: Callable[[], None] = no_pace) -> Work:
@@ -54,12 +57,13 @@ def work_in(found: Index, store: Store, *, pace: Callable[[], None] = no_pace) -
     """
     begun = tuple(sorted(layer.id for layer in found.layers.values() if layer.merge))
     left = tuple(_left_markers(found, pace))
+    unmarked = frozenset(unmarked_layers(found))
     if found.unreadable:
-        return Work(begun, left)
+        return Work(begun, left, unmarked=unmarked)
     small_first = sorted(
         _single_parents(found, pace), key=lambda layer_id: merging.allocated_bytes(store, found.layers[layer_id])
     )
-    return Work(begun, left, (*small_first, *_long_heads(found, pace)))
+    return Work(begun, left, (*small_first, *_long_heads(found, pace)), unmarked)
 
 
 def _left_markers(found: Index, pace: Callable[[], None]) -> Iterator[tuple[str, str]]:
@@ -101,11 +105,13 @@ def _long_heads(found: Index, pace: Callable[[], None]) -> Iterator[str]:
             yield volume.head
 
 
-def plan_near(store: Store, layer_id: str) -> Plan | None:
-    """Give the merge that a layer calls for: its own, or if it is a head, the flattening of what it lies on."""
+def plan_near(store: Store, layer_id: str, *, unmarked: frozenset[str]) -> Plan | None:
+    """Give the merge that a layer calls for: its own, or if it is a head, the flattening of what it lies on; see `Work`
+    for `unmarked`.
+    """
     layer = store.find_layer(layer_id)
     if layer is None or layer.state is not LayerState.HEAD:
-        return merging.plan_for(store, layer_id)
+        return merging.plan_for(store, layer_id, unmarked=unmarked)
     for marker in map(parse_marker, store.markers(layer_id) or []):
         volume = store.find_volume(marker.id) if marker and marker.kind == "v" else None
         if volume and volume.head == layer_id:
@@ -168,6 +174,7 @@ class Merger:
         self._changed = threading.Condition()
         self._stopping = False
         self._work: Work | None = None
+        self._unmarked: frozenset[str] | None = None  # not known before the first look at everything
         self._due: list[tuple[float, str]] = []
         self._queued: dict[str, float] = {}  # when each is due; other entries of the heap are outdated
         self._said = ""
@@ -255,12 +262,15 @@ class Merger:
 
     def _do(self, store: Store, thing: Work | str) -> None:
         if isinstance(thing, Work):
+            self._unmarked = thing.unmarked
             self._end(store, thing)
             for layer_id in thing.free if self._begins else ():
                 self._queue(layer_id, 0.0)
         elif (layer := store.find_layer(thing)) and layer.merge:
             self._end(store, Work(begun=(thing,)))
-        elif self._begins and (plan := plan_near(store, thing)):
+        elif not self._begins or self._unmarked is None:
+            return  # the first look at everything finds what there is to be merged
+        elif plan := plan_near(store, thing, unmarked=self._unmarked):
             # without space not even the lease is taken: the reserve of the pool is there for deleting
             if not merging.has_space(store, plan):
                 log.info("pool %s: no space for a merge of layer %s", self._pool.name, plan.layer)

@@ -72,6 +72,8 @@ def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
         return volume.head
     if volume.state is not VolumeState.DELETING:
         volume = store.swap(volume, replace(volume, state=VolumeState.DELETING, trash=trash.decide(volume)))
+    else:
+        store.settle(volume)  # whoever decided it may have died before that was durable; its markers go now
     trash.finish_restored(store, volume)
     if volume.trash:
         _end_freeze(store, volume)
@@ -79,8 +81,8 @@ def remove_volume(store: Store, volume: VolumeRecord) -> str | None:
         return volume.head
     if volume.unfinished:
         if volume.source_next and volume.source and volume.parent:
-            _undo_freeze(store, volume.source.id, volume.source_next, parent=volume.parent)
-        layers.abandon(store, volume.head, volume_marker(volume), parent=volume.parent)
+            _undo_freeze(store, volume.source.id, volume.source_next, parent=volume.parent, intent=volume.id)
+        layers.abandon(store, volume.head, volume_marker(volume), parent=volume.parent, intent=volume.id)
         released = volume.parent
     else:
         store.unmark(volume.head, volume_marker(volume))
@@ -123,9 +125,11 @@ def remove_snapshot(store: Store, snapshot: SnapshotRecord) -> str:
         return snapshot.layer
     if snapshot.state is not SnapshotState.DELETING:
         snapshot = store.swap(snapshot, replace(snapshot, state=SnapshotState.DELETING, trash=trash.decide(snapshot)))
+    else:
+        store.settle(snapshot)
     trash.finish_restored(store, snapshot)
     if snapshot.unfinished and snapshot.next:
-        _undo_freeze(store, snapshot.source_volume, snapshot.next, parent=snapshot.layer)
+        _undo_freeze(store, snapshot.source_volume, snapshot.next, parent=snapshot.layer, intent=snapshot.id)
     if snapshot.cache:
         # one that is being filled is given up by whoever fills it; what a crash has left of it belongs to nothing now
         store.unmark(snapshot.cache, snapshot_marker(snapshot))
@@ -145,18 +149,20 @@ def remove_image(store: Store, image: ImageRecord) -> str | None:
     """
     if image.state is not ImageState.DELETING:
         image = store.swap(image, replace(image, state=ImageState.DELETING))
+    else:
+        store.settle(image)
     if image.unfinished:
         # Whoever has seen it ready has made a volume of it; a power cut may have taken that word back since. What else
         # refers to the layer then lives on, as after any removal.
         with suppress(Busy):
-            layers.abandon(store, image.layer, image_marker(image), parent=None)
+            layers.abandon(store, image.layer, image_marker(image), parent=None, intent=image.id)
     else:
         store.unmark(image.layer, image_marker(image))
     store.remove(image)
     return None if image.unfinished else image.layer
 
 
-def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> None:
+def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str, intent: str) -> None:
     """Finish a freeze that the source volume's record has already taken over, else remove its unused overlay.
 
     The source's record is written again first, unchanged: a freeze that another process is in the middle of (where
@@ -189,7 +195,7 @@ def _undo_freeze(store: Store, source_id: str, next_id: str, *, parent: str) -> 
         store.swap(source, source)
     for marker in markers:
         store.unmark(next_id, marker)
-    layers.abandon(store, next_id, None, parent=parent)
+    layers.abandon(store, next_id, None, parent=parent, intent=intent)
 
 
 def _leave_freeze(error: Corrupt) -> None:

@@ -462,8 +462,9 @@ def _marking(store: Store, found: Index, finding: Finding) -> _Task:
         raise Uncertain("it changes at this moment")
     if layer.state is LayerState.RETIRED:
         raise Uncertain("the layer was condemned: its image may be gone")
-    if parsed.kind == "c":
-        _check_parent(store, found, found.layers[parsed.id], layer)
+    child = found.layers.get(parsed.id) if parsed.kind == "c" else None
+    if child:
+        _check_parent(store, found, child, layer)
 
     def work() -> None:
         try:
@@ -473,7 +474,9 @@ def _marking(store: Store, found: Index, finding: Finding) -> _Task:
             store.remake_refs(layer_id)
             store.mark(layer_id, marker)
 
-    locks = frozenset({parsed.id} if parsed.kind != "c" else ())
+    # a child without a record is the head of a volume that is being copied
+    copied = {volume.id for volume in found.volumes.values() if parsed.kind == "c" and volume.head == parsed.id}
+    locks = frozenset({parsed.id} if parsed.kind != "c" else copied)
     return _Task("make-marker", finding.detail, locks, work)
 
 

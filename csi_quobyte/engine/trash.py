@@ -221,6 +221,7 @@ def _publish(store: Store, entry: Deletable) -> Deletable:
             _give_up(store, entry)
             raise _is_taken(entry, target.id) if isinstance(error, AlreadyExists) else error from None
     except NotFound as error:
+        _give_up(store, entry)  # so that it can be purged
         raise Corrupt(f"the layer of {trash_id(entry)} is gone") from error
     restored = _find_restored(store, entry)
     if restored is None:
@@ -312,6 +313,8 @@ def purge(store: Store, entry_id: str) -> str | None:
         if _trash(entry).state is TrashState.KEPT:
             _finish_move(store, entry)
             entry = store.swap_trashed(entry, replace(entry, trash=replace(_trash(entry), state=TrashState.PURGING)))
+        else:
+            store.settle_name(entry.id)  # whoever decided it may have died before that was durable; its marker goes now
         _remove(store, entry)
         return layer_of(entry)
 

@@ -138,7 +138,7 @@ def _held_layer(store: Store, hold: Hold, request: ExportRequest, patience: _Pat
     else:
         _check_detached(store, request.volume)
         wanted = SnapshotRequest(name=hold.snapshot_name, source_volume=request.volume, kubernetes={})
-        snapshot = patience.with_it(lambda: snapshots.create(store, wanted, lambda one: _drop(store, one)))
+        snapshot = patience.with_it(lambda: snapshots.create(store, wanted, lambda _: None))
         _check_whole(snapshot)
         _hold(store, hold, snapshot)
         patience.with_it(hold.drop_snapshot)
@@ -180,10 +180,6 @@ def _hold(store: Store, hold: Hold, snapshot: SnapshotRecord) -> None:
     current = store.find_snapshot(snapshot.id)
     if current is None or current.uid != snapshot.uid or current.state is not SnapshotState.READY:
         raise NotFound(f"snapshot {snapshot.id} is not ready, or was deleted a moment ago")
-
-
-def _drop(store: Store, layer_id: str | None) -> None:
-    layers.drop_upwards(store, layer_id)
 
 
 def _quiet_chain(store: Store, layer: LayerRecord) -> list[LayerRecord]:

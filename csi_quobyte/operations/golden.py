@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from io import FileIO
 
-from csi_quobyte.engine import layers, removal
+from csi_quobyte.engine import removal
 from csi_quobyte.engine.hold import holding
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, DriverError, InvalidArgument, NotFound, OutOfRange, Refused
 from csi_quobyte.host import jobs, qemu_img
@@ -91,7 +91,7 @@ def _make_free(store: Store, image_id: str, name: str) -> None:
     """Check that a name is free, and end what a process that died has left of an image. The image's lock is held."""
     _check_free(store, image_id, name)
     if left := store.find_image(image_id):
-        layers.drop_upwards(store, removal.remove_image(store, left))
+        removal.remove_image(store, left)
 
 
 @contextmanager
@@ -262,7 +262,7 @@ def _publish(store: Store, image_id: str, name: str, made: str, size_bytes: int)
         current = store.find_image(image_id)
         if current and current.uid == image.uid:
             with removal.undoing():
-                layers.drop_upwards(store, removal.remove_image(store, current))
+                removal.remove_image(store, current)
         raise
 
 
@@ -281,9 +281,9 @@ def list_images(store: Store) -> list[ImageRecord]:
 
 
 def remove_image(store: Store, name: str) -> None:
-    """Remove a golden image, and its layer if no volume lies on it; volumes that do live on.
+    """Remove a golden image; volumes that lie on it live on. The collector frees its layer once none does.
 
-    One whose record cannot be read is removed, too; its layer then is left to the collector.
+    One whose record cannot be read is removed, too.
 
     Raises:
         NotFound: there is none of this name.
@@ -303,4 +303,4 @@ def remove_image(store: Store, name: str) -> None:
             return
         if image is None:
             raise NotFound(f"there is no image {name!r}")
-        layers.drop_upwards(store, removal.remove_image(store, image))
+        removal.remove_image(store, image)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from csi_quobyte.errors import AlreadyExists, Busy, Corrupt, Exhausted, NotFound, Refused, Unavailable
 from csi_quobyte.pool import files, layout, naming, primitives, records
@@ -116,6 +117,15 @@ class Store:
             found = os.statvfs(self.root)
         return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
+    def time(self) -> datetime:
+        """Give the time that the file system gives to what is written now; no client's clock need be right for that."""
+        path = self._steps.write_temporary(lambda _: None, sync=False)
+        try:
+            with translated(path):
+                return datetime.fromtimestamp(os.stat(path).st_mtime, UTC)
+        finally:
+            self._steps.discard(path)
+
     def check_room(self, needed_bytes: int, what: str) -> None:
         """Check that there is space for something large before any of it is written: pods write into the rest.
 
@@ -192,7 +202,7 @@ class Store:
 
     def find_job(self, job_id: str) -> JobRecord | None:
         """Give the record of a job, None when there is none."""
-        return files.find(JobRecord, self._paths.job(job_id))
+        return self._find_own(JobRecord, self._paths.job(job_id), job_id)
 
     def find_layer(self, layer_id: str) -> LayerRecord | None:
         """Give a layer's record, None when there is none."""
@@ -448,7 +458,11 @@ class Store:
         if parsed is None:
             return None
         path = self._paths.trashed(entry_id)
-        return files.find(VolumeRecord, path) if parsed[0].kind == "vol" else files.find(SnapshotRecord, path)
+        found: Deletable | None
+        found = files.find(VolumeRecord, path) if parsed[0].kind == "vol" else files.find(SnapshotRecord, path)
+        if found and trash_id(found) != entry_id:
+            raise Corrupt(f"{path} holds the record of {trash_id(found)}")
+        return found
 
     def move_to_trash(self, record: Deletable) -> None:
         """Move a record, as it was read, to the trash; gone already is success. Durable on return.
@@ -795,8 +809,7 @@ class Store:
     def remove_content(self, volume: VolumeRecord, *, sync: bool = True) -> None:
         """Forget what was on a volume that is being deleted, or without `sync` one that is: these are strays then."""
         self._steps.unlink(self._paths.content(volume), sync=sync)
-        if os.path.lexists(self._paths.closed(volume)):
-            self._steps.unlink(self._paths.closed(volume), sync=sync)
+        self._steps.unlink(self._paths.closed(volume), sync=sync)
 
     def closed_generation(self, volume: VolumeRecord) -> int:
         """Give the generation of the attachment whose node said last that it has closed the volume; 0: none has."""
@@ -811,8 +824,7 @@ class Store:
 
     def forget_closed(self, volume: VolumeRecord) -> None:
         """Take that back, before the volume is opened again; never said is success."""
-        if os.path.lexists(self._paths.closed(volume)):
-            self._steps.unlink(self._paths.closed(volume))
+        self._steps.unlink(self._paths.closed(volume))
 
     # --- nodes -------------------------------------------------------------------------------------------------
 

@@ -83,9 +83,7 @@ class Versions:
         try:
             claim = self._claim(path, path, record)
         except Busy:
-            if files.read(path) is None:
-                # done before is success once it is durable: whoever did it may have died before that
-                self._steps.sync(os.path.dirname(path))
+            if self._is_gone(path):
                 return
             raise
         if keep_as:
@@ -103,6 +101,18 @@ class Versions:
         if not self._steps.unlink(path, only_if=lambda: files.read(claim) == files.read(path)):
             raise Busy(f"{record.id} was changed by another operation")
         self._steps.discard(claim)
+
+    def _is_gone(self, path: str) -> bool:
+        """Say whether a record is not there any more, durably: whoever removed it may have died before that.
+
+        A look beside a rename may find nothing; then there is a claim, or a moment later the record is there.
+        """
+        if files.read(path) is not None:
+            return False
+        directory, _, name = path.rpartition("/")
+        self._steps.sync(directory)
+        is_claimed = any(other.startswith(f"{name}.g") for other in files.names(directory))
+        return not is_claimed and files.read(path) is None
 
     def _claim(self, content: str, path: str, old: records.Record) -> str:
         """Link `content` to the one name that allows to change `old`, then compare; gives the claim's path."""

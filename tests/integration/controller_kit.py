@@ -54,7 +54,7 @@ _QEMU_IO_TIMEOUT_S = 20
 merging.GRACE_S = 0.0
 layers.FENCE_S = 0.0
 # Nor do its stores have caches between them; test_merging_late has one that does.
-merging.SETTLE_S = 0.0
+merging.SETTLE_S = collector.SETTLE_S = 0.0
 
 # a file's kind and size, a directory's children do not count
 Tree = dict[str, str]
@@ -178,6 +178,13 @@ class CopiesAtOnce:
 
     def cancel(self, _: str) -> None:
         return
+
+
+class CopiesNever(CopiesAtOnce):
+    """Asked for a copy, it begins none, as a controller that dies then."""
+
+    def volume(self, _: Store, volume: VolumeRecord, __: Callable[[str | None], None]) -> VolumeRecord:
+        return volume
 
 
 @dataclass
