@@ -60,7 +60,7 @@ faults: setup ## every operation, merge and node call with every call on the poo
 crash: setup ## every operation, merge and node call killed before each durable step, and 30 times in each kind of merge
 	@CSI_QUOBYTE_CRASH_EVERY=1 CSI_QUOBYTE_CRASH_IN_JOB=30 $(CONTAINED) 7200 crash -- \
 	  $(PYTHON) -m pytest --timeout 1200 -q -s tests/integration/test_crash_steps.py \
-	  tests/integration/test_crash_states.py tests/integration/test_crash_merges.py tests/integration/test_crash_node.py \
+	  tests/integration/test_crash_twice.py tests/integration/test_crash_states.py tests/integration/test_crash_merges.py tests/integration/test_crash_node.py \
 	  tests/integration/test_repair.py::test_repair_that_is_killed_before_a_step_is_ended_by_the_next_one \
 	  tests/integration/test_export.py::test_killed_before_any_step
 

@@ -24,7 +24,7 @@ import servicer_kit
 from controller_kit import SIZE_BYTES, Kit, tools
 
 from csi_quobyte.engine import collector, layers, repair
-from csi_quobyte.errors import AlreadyExists, Exhausted, NotFound
+from csi_quobyte.errors import AlreadyExists, Busy, Exhausted, NotFound
 from csi_quobyte.host import command
 from csi_quobyte.operations import volumes
 from csi_quobyte.pool import store as store_module
@@ -89,6 +89,43 @@ IMAGES: dict[str, Callable[[Kit], object]] = {
 }
 
 
+def delete_snapshot_and_new(kit: Kit) -> None:
+    kit.delete_snapshot("s")
+    kit.delete("new")
+
+
+def delete_image_and_new(kit: Kit) -> None:
+    with suppress(NotFound):
+        kit.remove_image("golden")
+    kit.delete("new")
+
+
+def delete_new_image(kit: Kit) -> None:
+    """Remove what was imported, if it came so far that there is something to remove."""
+    with suppress(NotFound):
+        kit.remove_image("new")
+
+
+# What deletes the object that an operation works on.
+DELETES: dict[str, Callable[[Kit], object]] = {
+    "create blank": lambda kit: kit.delete("new"),
+    "create from snapshot": lambda kit: kit.delete("new"),
+    "create from volume": lambda kit: kit.delete("new"),
+    "create from untouched volume": lambda kit: kit.delete("new"),
+    "copy of snapshot": lambda kit: kit.delete("new"),
+    "copy of volume": lambda kit: kit.delete("new"),
+    "create from image": delete_image_and_new,
+    "copy of image": delete_image_and_new,
+    "import image": delete_new_image,
+    "cache copy of snapshot": delete_snapshot_and_new,
+    "snapshot": lambda kit: kit.delete_snapshot("new"),
+    "snapshot of untouched volume": lambda kit: kit.delete_snapshot("new"),
+    "delete snapshot": lambda kit: kit.delete_snapshot("s"),
+    "expand": lambda kit: kit.delete("v"),
+}
+UNDOES = {f"delete after {operation}": work for operation, work in DELETES.items()}
+
+
 def entries_of(kit: Kit, name: str) -> list[str]:
     """The ids of what is in the trash and had a CSI name; none when a call before this one has done its work."""
     found = [entry for entry in map(kit.store.find_trashed, kit.store.trash_ids()) if entry]
@@ -120,6 +157,20 @@ def merge(kit: Kit, kind: str, in_job: Callable[[], None]) -> None:
 
 MERGES = ("up", "down", "flatten")
 REPAIR = "repair"
+THEN = "then "  # before an operation that comes after a death, and is repeated while it is Busy
+RETRY_S = 5.0
+
+
+def retry(work: Callable[[], object]) -> None:
+    """Repeat an operation as a sidecar does: until it is not Busy."""
+    deadline = time.monotonic() + RETRY_S
+    while True:
+        try:
+            work()
+        except Busy:
+            assert time.monotonic() < deadline, "the retry does not complete"
+        else:
+            return
 
 
 def repair_all(kit: Kit, observe: Observer) -> None:
@@ -212,7 +263,11 @@ def run_child(root: str, operation: str, kill_at: int, report: int) -> None:
         servicer_kit.make_call(root, operation, observe, in_job)
         return
     kit = Kit(Store(root, observer=observe))
-    if operation == REPAIR:
+    if operation.startswith(THEN):
+        versions._CLAIM_PATIENCE_S = 0.01
+        work = (OPERATIONS | IMAGES | UNDOES)[operation.removeprefix(THEN)]
+        retry(lambda: work(kit))
+    elif operation == REPAIR:
         repair_all(kit, observe)
     elif operation in MERGES:
         merge(kit, operation, in_job)

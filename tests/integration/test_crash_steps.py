@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -19,16 +18,15 @@ from pathlib import Path
 
 import pytest
 from controller_kit import BLOCK_BYTES, OWNER, SIZE_BYTES, Kit, Tree, tree
-from crash_runner import IMAGES, OPERATIONS
+from crash_runner import DELETES, IMAGES, OPERATIONS, retry
 
 from csi_quobyte.engine import collector
-from csi_quobyte.errors import Busy, NotFound
+from csi_quobyte.errors import Busy
 from csi_quobyte.pool import layout
 from csi_quobyte.pool import store as store_module
 from csi_quobyte.pool.records import Modes, SnapshotState, VolumeState
 from csi_quobyte.pool.store import Store
 
-RETRY_S = 5.0
 # `make crash` sets this to 1: every step is killed; otherwise a sample, by the seed. A copy starts several processes
 # each time, so fewer of its steps are.
 EVERY = int(os.environ.get("CSI_QUOBYTE_CRASH_EVERY", "3"))
@@ -174,18 +172,6 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def retry(work: Callable[[], object]) -> None:
-    """Repeat an operation as a sidecar does: until it is not Busy."""
-    deadline = time.monotonic() + RETRY_S
-    while True:
-        try:
-            work()
-        except Busy:
-            assert time.monotonic() < deadline, "the retry does not complete"
-        else:
-            return
-
-
 # What each disk holds after the operation: (volume, its blocks).
 UNTOUCHED: dict[str, tuple[int, ...]] = {"v": (1, 2, 3), "c": (1, 2, 0), "a": (0, 0, 0)}
 AFTER: dict[str, dict[str, tuple[int, ...]]] = {
@@ -201,42 +187,6 @@ AFTER: dict[str, dict[str, tuple[int, ...]]] = {
     "cache copy of snapshot": {"new": (1, 0, 0)},
 }
 SNAPSHOT_AFTER = {"snapshot": (1, 2, 3), "snapshot of untouched volume": (1, 2, 0)}
-
-
-def delete_snapshot_and_new(kit: Kit) -> None:
-    kit.delete_snapshot("s")
-    kit.delete("new")
-
-
-def delete_image_and_new(kit: Kit) -> None:
-    with suppress(NotFound):
-        kit.remove_image("golden")
-    kit.delete("new")
-
-
-def delete_new_image(kit: Kit) -> None:
-    """Remove what was imported, if it came so far that there is something to remove."""
-    with suppress(NotFound):
-        kit.remove_image("new")
-
-
-# What deletes the object that an operation works on.
-DELETES: dict[str, Callable[[Kit], None]] = {
-    "create blank": lambda kit: kit.delete("new"),
-    "create from snapshot": lambda kit: kit.delete("new"),
-    "create from volume": lambda kit: kit.delete("new"),
-    "create from untouched volume": lambda kit: kit.delete("new"),
-    "copy of snapshot": lambda kit: kit.delete("new"),
-    "copy of volume": lambda kit: kit.delete("new"),
-    "create from image": delete_image_and_new,
-    "copy of image": delete_image_and_new,
-    "import image": delete_new_image,
-    "cache copy of snapshot": delete_snapshot_and_new,
-    "snapshot": lambda kit: kit.delete_snapshot("new"),
-    "snapshot of untouched volume": lambda kit: kit.delete_snapshot("new"),
-    "delete snapshot": lambda kit: kit.delete_snapshot("s"),
-    "expand": lambda kit: kit.delete("v"),
-}
 
 
 def steps_of(operation: str) -> range:

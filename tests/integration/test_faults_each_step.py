@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 from controller_kit import Kit, Tree, tree
-from crash_runner import IMAGES, OPERATIONS
+from crash_runner import DELETES, IMAGES, OPERATIONS
 from faulty_os import MODES, FaultyOs, Mode
 from test_crash_steps import (  # the same pool, operations and questions as after a crash
-    DELETES,
     UNTOUCHED,
     check_all_deleted,
     check_contents,
