@@ -4,7 +4,7 @@ docs/format.md explains each kind. An error is damage: something that a record p
 warning is something left over or unfinished: the collector, or a retry of the operation, deals with it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -260,6 +260,20 @@ def unmarked_layers(found: Index) -> dict[str, list[str]]:
         if marker not in found.refs.get(layer_id, ()):
             unmarked.setdefault(layer_id, []).append(marker)
     return unmarked
+
+
+def is_needed_unmarked(store: Store, layer_id: str, unmarked: Mapping[str, Sequence[str]]) -> bool:
+    """Say whether a record still needs a layer without a marker of that; `unmarked` is of a look at everything, whose
+    markers were read before the records, so that of those that seemed to be missing some have come since.
+    """
+    missing = set(unmarked.get(layer_id, ()))
+    if not missing:
+        return False
+    missing -= set(store.markers(layer_id) or ())
+    markers = [marker for marker in map(parse_marker, missing) if marker]
+    # a child without a record may be the head of a volume that is being copied
+    is_copied = any(marker.kind == "c" and store.find_layer(marker.id) is None for marker in markers)
+    return is_copied or any(index_module.is_needed_now(store, layer_id, marker) for marker in markers)
 
 
 def _references(store: Store, found: Index) -> Iterator[Finding]:

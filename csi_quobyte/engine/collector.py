@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from csi_quobyte import telemetry
 from csi_quobyte.engine import copying, hold, layers, merging, removal, trash
 from csi_quobyte.engine import index as index_module
-from csi_quobyte.engine.check import unmarked_layers
+from csi_quobyte.engine.check import is_needed_unmarked, unmarked_layers
 from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
@@ -224,16 +224,7 @@ class Collector:
 
         Then only the next such look may say that nothing needs the layer, as before the first one.
         """
-        if self._unmarked is None:
-            return True
-        missing = set(self._unmarked.get(layer_id, ()))
-        if not missing:
-            return False
-        missing -= set(store.markers(layer_id) or ())
-        markers = [marker for marker in map(parse_marker, missing) if marker]
-        # a child without a record may be the head of a volume that is being copied
-        is_copied = any(marker.kind == "c" and store.find_layer(marker.id) is None for marker in markers)
-        return is_copied or any(index_module.is_needed_now(store, layer_id, marker) for marker in markers)
+        return self._unmarked is None or is_needed_unmarked(store, layer_id, self._unmarked)
 
     def _sweep_until_quiet(self, store: Store) -> Work:
         """Look again after a pass that did something: what it removed may have been the last owner of more.

@@ -10,13 +10,13 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from csi_quobyte import telemetry
 from csi_quobyte.engine import merging
-from csi_quobyte.engine.check import unmarked_layers
+from csi_quobyte.engine.check import is_needed_unmarked, unmarked_layers
 from csi_quobyte.engine.index import Index
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merging import Ask, Plan
@@ -45,8 +45,8 @@ class Work:
     """Pairs (layer, child) of markers of children that have another parent now."""
     free: tuple[str, ...] = ()
     """Layers that nothing but one other layer refers to, small ones first, and heads of long chains."""
-    unmarked: frozenset[str] = frozenset()
-    """Layers that a record needs and whose marker of that is lost: nothing may change or remove them."""
+    unmarked: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Layers that a record needs, with the markers of that which are lost: nothing may change or remove them."""
 
 
 def work_in(found: Index, store: Store, *, pace: Callable[[], None] = no_pace) -> Work:
@@ -57,7 +57,7 @@ def work_in(found: Index, store: Store, *, pace: Callable[[], None] = no_pace) -
     """
     begun = tuple(sorted(layer.id for layer in found.layers.values() if layer.merge))
     left = tuple(_left_markers(found, pace))
-    unmarked = frozenset(unmarked_layers(found))
+    unmarked = unmarked_layers(found)
     if found.unreadable:
         return Work(begun, left, unmarked=unmarked)
     small_first = sorted(
@@ -71,7 +71,9 @@ def _left_markers(found: Index, pace: Callable[[], None]) -> Iterator[tuple[str,
         pace()
         for marker in map(parse_marker, names):
             child = found.layers.get(marker.id) if marker and marker.kind == "c" else None
-            if child and child.parent != layer_id and layer_id in found.layers:
+            # a copy that has its record already and is not its volume's head yet may have to be made anew
+            is_copied = child is not None and child.parent is None and child.id in found.intended_layers
+            if child and child.parent != layer_id and layer_id in found.layers and not is_copied:
                 yield layer_id, child.id
 
 
@@ -105,13 +107,13 @@ def _long_heads(found: Index, pace: Callable[[], None]) -> Iterator[str]:
             yield volume.head
 
 
-def plan_near(store: Store, layer_id: str, *, unmarked: frozenset[str]) -> Plan | None:
+def plan_near(store: Store, layer_id: str, *, unmarked: Mapping[str, Sequence[str]]) -> Plan | None:
     """Give the merge that a layer calls for: its own, or if it is a head, the flattening of what it lies on; see `Work`
     for `unmarked`.
     """
     layer = store.find_layer(layer_id)
     if layer is None or layer.state is not LayerState.HEAD:
-        return merging.plan_for(store, layer_id, unmarked=unmarked)
+        return merging.plan_for(store, layer_id, keep=lambda one: is_needed_unmarked(store, one, unmarked))
     for marker in map(parse_marker, store.markers(layer_id) or []):
         volume = store.find_volume(marker.id) if marker and marker.kind == "v" else None
         if volume and volume.head == layer_id:
@@ -174,7 +176,7 @@ class Merger:
         self._changed = threading.Condition()
         self._stopping = False
         self._work: Work | None = None
-        self._unmarked: frozenset[str] | None = None  # not known before the first look at everything
+        self._unmarked: Mapping[str, Sequence[str]] | None = None  # not known before the first look at everything
         self._due: list[tuple[float, str]] = []
         self._queued: dict[str, float] = {}  # when each is due; other entries of the heap are outdated
         self._said = ""

@@ -78,13 +78,13 @@ class Plan:
 # --- what could be done ----------------------------------------------------------------------------------------
 
 
-def plan_for(store: Store, layer_id: str, *, unmarked: frozenset[str] = frozenset()) -> Plan | None:
+def plan_for(store: Store, layer_id: str, *, keep: Callable[[str], bool] = lambda _: False) -> Plan | None:
     """Give the merge by which a layer that lost a reference could go, None if there is none or it does not pay.
 
-    Layers that are needed without a marker of that (`unmarked`) neither go nor change.
+    Layers that are to be kept, because they are needed without a marker of that, neither go nor change.
     """
     layer = store.find_layer(layer_id)
-    if layer is None or layer.state is not LayerState.FROZEN or layer.id in unmarked:
+    if layer is None or layer.state is not LayerState.FROZEN or keep(layer.id):
         return None
     child_id = _only_child(store, layer.id)
     child = store.find_layer(child_id) if child_id else None
@@ -96,7 +96,7 @@ def plan_for(store: Store, layer_id: str, *, unmarked: frozenset[str] = frozense
     if layer.parent and (parent is None or parent.state is not LayerState.FROZEN or parent.merge):
         return None
     target, kind = child, "up"
-    if parent and parent.id not in unmarked and _only_child(store, parent.id) == layer.id:
+    if parent and _only_child(store, parent.id) == layer.id and not keep(parent.id):
         target, kind = parent, "down"  # the child, which may be shared, is not touched
     moved = allocated_bytes(store, layer)
     if not _pays(store, child.id, moved=moved, into=allocated_bytes(store, target)):

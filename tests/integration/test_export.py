@@ -338,8 +338,8 @@ def test_source_deleted_and_collected_and_merged_meanwhile(written: Kit, out: Pa
     export(written, out / "file", snapshot=snapshot, watch=once)
     assert once.is_done
     assert holds(out / "file", "qcow2", 1, 2, 0 if snapshot else 3)
-    assert list(written.store.layer_ids()) == [], "freed with the export's end"
     assert is_left_clean(written)
+    assert list(written.store.layer_ids()) == [], "freed once the export has ended"
 
 
 def test_volume_that_is_attached_and_written_meanwhile(written: Kit, out: Path) -> None:

@@ -535,6 +535,7 @@ def test_command_line_imports_lists_and_removes(kit: Kit, tmp_path: Path) -> Non
     assert cli(kit, "image", "import", "main", "x", tmp_path / "file.img").returncode == 2
     assert cli(kit, "image", "import", "other", "x", path).returncode == 1
     assert cli(kit, "image", "rm", "main", "debian").returncode == 0
+    kit.sweep_until_quiet()
     assert list(kit.store.layer_ids()) == []
     with path.open("rb") as file:
         done = cli(kit, "image", "import", "main", "piped", "-", "--source-format", "qcow2", stdin=file)

@@ -328,4 +328,4 @@ def test_work_is_found_small_layers_first(kit: Kit) -> None:
     found = [one.layer for one in kit.plans()]
     assert found[0] == plan.layer
     assert len(found) == 2
-    assert merger.plan_near(kit.store, plan.layer) == plan
+    assert merger.plan_near(kit.store, plan.layer, unmarked={}) == plan

@@ -42,9 +42,10 @@ KEPT: dict[str, Any] = {"on_delete": "trash"}
 
 
 def pass_time(monkeypatch: pytest.MonkeyPatch, passed: timedelta) -> None:
-    """Let the clock for records be that much later than it is."""
+    """Let the clocks of this host and of the pool's file system be that much later than they are."""
     right = records.now
     monkeypatch.setattr(records, "now", lambda: right() + passed)
+    monkeypatch.setattr(Store, "time", lambda _: right() + passed)
 
 
 def deleted(kit: Kit, name: str = "v", **changes: Any) -> str:

@@ -49,6 +49,7 @@ def test_list_restore_and_purge(kit: Kit) -> None:
     assert run(kit, "purge")[0] == 2
     assert run(kit, "purge", entries[1], "--all")[0] == 2
     assert json.loads(run(kit, "ls", "--json")[1])["entries"] == []
+    kit.sweep_until_quiet()
     assert kit.findings() == set(), "what was purged has freed its layer"
 
 
