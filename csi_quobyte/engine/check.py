@@ -4,6 +4,7 @@ docs/format.md explains each kind. An error is damage: something that a record p
 warning is something left over or unfinished: the collector, or a retry of the operation, deals with it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -256,7 +257,7 @@ def _held_for_a_while(found: Index) -> Iterator[tuple[str, str, str]]:
 def unmarked_layers(found: Index) -> dict[str, list[str]]:
     """Give the layers that records need, with the markers of that which are not there: of finished ones, damage."""
     unmarked: dict[str, list[str]] = {}
-    for layer_id, marker, _ in (*needed(found), *_held_for_a_while(found)):
+    for layer_id, marker, _ in itertools.chain(needed(found), _held_for_a_while(found)):
         if marker not in found.refs.get(layer_id, ()):
             unmarked.setdefault(layer_id, []).append(marker)
     return unmarked

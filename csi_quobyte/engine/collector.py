@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from csi_quobyte import telemetry
 from csi_quobyte.engine import copying, hold, layers, merging, removal, trash
 from csi_quobyte.engine import index as index_module
-from csi_quobyte.engine.check import is_needed_unmarked, unmarked_layers
+from csi_quobyte.engine.check import is_needed_unmarked
 from csi_quobyte.engine.index import Index, Stray
 from csi_quobyte.engine.lease import Lease
 from csi_quobyte.engine.merger import Merger, Work, end_begun, plan_near, work_in
@@ -111,7 +111,7 @@ class Collector:
         self._others_copies: set[str] = set()
         self._resume_at = 0.0
         self._merger = Merger(pool, tools, self.release, begins=merges, speed_bytes_per_s=speed_bytes_per_s)
-        self._unmarked: dict[str, list[str]] | None = None  # not known before the first look at everything
+        self._unmarked: Mapping[str, Sequence[str]] | None = None  # not known before the first look at everything
         self._released: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._said = ""
@@ -242,11 +242,14 @@ class Collector:
             log.info("collector of pool %s: %s", self._pool.name, report)
             if report.left:
                 self._stopping.wait(_CLAIM_PAUSE_S)
-        self._unmarked = unmarked_layers(found) if found else self._unmarked
-        pinned = [volume.id for volume in found.volumes.values() if volume.pinned] if found else []
+        if found is None:
+            return Work()
+        pinned = [volume.id for volume in found.volumes.values() if volume.pinned]
         self._others_copies = {volume_id for volume_id in pinned if self._is_resumed_later(store, volume_id)}
         self._resume_at = time.monotonic() + RESUME_EVERY_S
-        return work_in(found, store, pace=pace) if found else Work()
+        work = work_in(found, store, pace=pace)
+        self._unmarked = work.unmarked
+        return work
 
 
 @dataclass(frozen=True)
