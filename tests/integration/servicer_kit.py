@@ -50,6 +50,8 @@ class Servicer:
 
     def __init__(self, root: str, *, in_background_s: float | None = None) -> None:
         self.root = root
+        self.was_repeated = False
+        """Whether the last `eventually` has made its call more than once."""
         self._pools = Pools([PoolSpec(POOL, root)], require_mount="any", timeout_s=_CALL_S)
         pool = self._pools.named(POOL)
         self.store = pool.open()
@@ -67,10 +69,12 @@ class Servicer:
     def eventually(self, method: str, request: Any, *, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """Make a call as a sidecar does: again while a retry may help. `meanwhile` is what others do between two."""
         deadline = time.monotonic() + _RETRY_S
+        self.was_repeated = False
         while True:
             try:
                 return self.call(method, request)
             except (Busy, Unavailable) as error:
+                self.was_repeated = True
                 assert time.monotonic() < deadline, f"{method} does not complete: {error}"
                 meanwhile()
                 time.sleep(0.005)
