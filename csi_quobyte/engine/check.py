@@ -237,9 +237,11 @@ def needed(found: Index) -> Iterator[tuple[str, str, str]]:
 
 
 def _copied(found: Index) -> Iterator[tuple[str, str, str]]:
+    """What is still to be copied must stay, also when the source is deleted. A copy whose layer is there is whole."""
     for volume in found.volumes.values():
-        if volume.pinned and volume.parent and volume.state is VolumeState.CREATING:
-            yield volume.parent, child_marker(volume.head), volume.id  # its source may be deleted
+        is_to_be_copied = volume.pinned and volume.state is VolumeState.CREATING and volume.head not in found.layers
+        if is_to_be_copied and volume.parent:
+            yield volume.parent, child_marker(volume.head), volume.id
 
 
 def _held_for_a_while(found: Index) -> Iterator[tuple[str, str, str]]:
